@@ -237,7 +237,8 @@ class CleanBuild(build):
 class NinjaBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         # Loaded by torch.ops.load_library, not imported: no Python version in its name.
-        return f"{PACKAGE}/_cuda.so" if fullname.endswith("_cuda") else super().get_ext_filename(fullname)
+        filename: str = super().get_ext_filename(fullname)
+        return filename.split(".")[0] + ".so" if fullname.endswith("_cuda") else filename
 
     def build_extensions(self) -> None:
         if sys.platform != "linux":
@@ -272,7 +273,7 @@ class NinjaBuild(build_ext):
                 self.copy_file(str(ROOT / library[extension.name]), str(target))
             else:  # left out now, perhaps not the last time
                 target.unlink(missing_ok=True)
-                (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+                Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         self.extensions = [extension for extension in self.extensions if extension.name in library]
         for header in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]:
             copy = Path(self.build_lib) / PACKAGE / "include" / header.relative_to(CSRC)
