@@ -2,6 +2,7 @@
 
 FUSED_LOSSES_FORCE_CUDA=1   build the CUDA kernels beside a CPU build of PyTorch too, or fail
 FUSED_LOSSES_FORCE_CPU=1    leave the CUDA kernels out
+CUDA_HOME                   the CUDA toolkit, else the nvcc on PATH or in /usr/local/cuda
 TORCH_CUDA_ARCH_LIST        architectures to compile for, as in "8.0;9.0+PTX"
 MAX_JOBS, NVCC_THREADS      compilations at a time, architectures at a time in each of nvcc's
 CXX, CXXFLAGS, LDFLAGS      the C++ compiler and more flags for it
@@ -9,8 +10,6 @@ CXX, CXXFLAGS, LDFLAGS      the C++ compiler and more flags for it
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import io
 import os
 import re
@@ -21,8 +20,9 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build import build
@@ -30,64 +30,58 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-PACKAGE = "fused_losses"
-OLDEST_TORCH = (2, 11)
-INSTALL = "python -m pip install --no-build-isolation ."
+PIP = "python -m pip install"
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-CXX_FLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fvisibility-inlines-hidden".split()
-WARNINGS = "-Wall -Wextra -Wno-psabi".split()  # psabi: vector types are passed between inlined functions only
+OPTIMISED = ["-std=c++17", "-O3", "-DNDEBUG"]
+# No psabi: vector types are passed between inlined functions only.
+HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
 def fail(sentence: str) -> NoReturn:
-    sys.exit(f"{PACKAGE}: {sentence}")
+    sys.exit(f"fused_losses: {sentence}")
 
 
 def say(line: str) -> None:
-    print(f"{PACKAGE}: {line}", flush=True)
+    print(f"fused_losses: {line}", flush=True)
 
 
 def switched_on(variable: str) -> bool:
-    return os.environ.get(variable, "0") not in ("", "0")
+    return os.environ.get(variable, "") not in ("", "0")
+
+
+def output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        fail(f"`{shlex.join(command)}` does not run here ({error}): mend it or choose another.")
 
 
 def sources(*patterns: str) -> list[str]:
-    """Relative to the root: an object's command, and so its up-to-dateness, survives a move of the tree."""
+    """Relative to the root, so that a moved tree is still up to date."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in CSRC.glob(pattern))
 
 
 @dataclass
 class Torch:
     version: str
-    cuda: str | None
+    cuda: str | None  # the CUDA version it was built for
     folder: Path
 
-    @staticmethod
-    def find() -> Torch:
-        """Found without importing it, which would take longer than a build with nothing to do."""
-        spec = importlib.util.find_spec("torch")
-        if spec is None or spec.origin is None:
-            fail(
-                f"PyTorch is not installed where this build runs: run `python -m pip install 'torch>=2.11'`, then "
-                f"`{INSTALL}` (without --no-build-isolation pip hides the installed PyTorch from the build)."
-            )
-        folder = Path(spec.origin).parent
-        facts = runpy.run_path(str(folder / "version.py"))
-        version = str(facts["__version__"])
-        if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TORCH:
-            fail(
-                f"PyTorch 2.11 or later is needed and {version} is installed: "
-                f"run `python -m pip install --upgrade 'torch>=2.11'`, then `{INSTALL}`."
-            )
-        return Torch(version, facts.get("cuda"), folder)
 
-
-def require_build_tools() -> None:
-    missing = [name for name in ("ninja", "pybind11") if importlib.util.find_spec(name) is None]
-    if missing:
-        fail(f"{' and '.join(missing)} missing: run `python -m pip install {' '.join(missing)}`, then `{INSTALL}`.")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        fail(f"Python's C headers are missing ({header}): install your system's python3-dev (python3-devel) package.")
+def find_torch() -> Torch:
+    """Without importing it, which takes longer than a build with nothing to do."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        fail(
+            f"PyTorch is not installed where this build runs: `{PIP} 'torch>=2.11'`, then "
+            f"`{PIP} --no-build-isolation .` (an isolated build does not see the PyTorch you have)."
+        )
+    folder = Path(spec.origin).parent
+    facts = runpy.run_path(str(folder / "version.py"))
+    version = str(facts["__version__"])
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 11):
+        fail(f"PyTorch {version} is too old, it takes 2.11 or later: `{PIP} --upgrade 'torch>=2.11'`.")
+    return Torch(version, facts.get("cuda"), folder)
 
 
 def find_compiler() -> list[str]:
@@ -95,193 +89,182 @@ def find_compiler() -> list[str]:
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]):
             return command
-    fail(
-        f"no C++ compiler found (looked for {chosen[0] if chosen else 'c++, g++ and clang++'}): "
-        f"install one, for example with `apt install g++`, or name yours in CXX."
-    )
+    looked_for = f"CXX={chosen[0]}" if chosen else "c++, g++, clang++"
+    fail(f"there is no C++ compiler ({looked_for}): `apt install g++` or the like, or name yours in CXX.")
 
 
-def first_line(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().split("\n")[0]
-    except (OSError, subprocess.CalledProcessError) as error:
-        fail(f"`{shlex.join(command)}` does not run here: {error}.")
+def require_headers() -> None:
+    missing = " ".join(name for name in ("ninja", "pybind11") if find_spec(name) is None)
+    if missing:
+        fail(f"the build needs {missing.replace(' ', ' and ')}: `{PIP} {missing}`.")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        fail(f"Python's C headers are missing ({header}): `apt install python3-dev` or the like.")
 
 
-@dataclass
-class Cuda:
-    nvcc: str
-    architectures: list[str]  # as in TORCH_CUDA_ARCH_LIST
-
-    @staticmethod
-    def find(torch: Torch) -> Cuda | str:
-        """The CUDA kernels' build, or the reason why there is none."""
-        forced = switched_on("FUSED_LOSSES_FORCE_CUDA")
-        if switched_on("FUSED_LOSSES_FORCE_CPU"):
-            if forced:
-                fail("FUSED_LOSSES_FORCE_CUDA and FUSED_LOSSES_FORCE_CPU are both set: unset one of them.")
-            return "FUSED_LOSSES_FORCE_CPU is set"
-        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-        folders = [f"{home}/bin" for home in homes if home]
-        folders += [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-        nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
-        if nvcc is None:
-            if forced:
-                fail(
-                    "FUSED_LOSSES_FORCE_CUDA is set and no nvcc was found in CUDA_HOME, CUDA_PATH, PATH or "
-                    "/usr/local/cuda: install the CUDA toolkit or set CUDA_HOME to its folder."
-                )
-            return "no nvcc was found"
-        if torch.cuda is None and not forced:
-            return f"PyTorch {torch.version} has no CUDA; FUSED_LOSSES_FORCE_CUDA=1 builds them all the same"
-        if not sources("cuda/*.cu"):
-            if forced:
-                fail("FUSED_LOSSES_FORCE_CUDA is set and csrc/cuda holds no kernel.")
-            return "csrc/cuda holds no kernel"
-        return Cuda(nvcc, Cuda.choose_architectures(nvcc))
-
-    @staticmethod
-    def choose_architectures(nvcc: str) -> list[str]:
-        listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
-        known = set(re.findall(r"compute_(\d+)", listed))
-        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").replace(",", " ").split()
-        chosen = []
-        for name in asked or CUDA_ARCHITECTURES.split(";"):
-            match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
-            if match and match[1] + match[2] in known:
-                chosen.append(name)
-            elif asked:
-                fail(
-                    f"TORCH_CUDA_ARCH_LIST names {name!r}, which {nvcc} does not compile for: write numbers as in "
-                    f"'8.0;9.0+PTX' out of {', '.join(f'{n[:-1]}.{n[-1]}' for n in sorted(known, key=int))}."
-                )
-        if not asked and not chosen[-1].endswith("+PTX"):  # an older nvcc: newer devices still need code to start from
-            chosen[-1] += "+PTX"
-        return chosen
-
-    def gencode(self) -> list[str]:
-        flags = []
-        for architecture in self.architectures:
-            number = architecture.removesuffix("+PTX").replace(".", "")
-            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            if architecture.endswith("+PTX"):
-                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        return flags
+def find_nvcc(torch: Torch) -> tuple[str | None, str]:
+    """The nvcc to use, or None and the reason."""
+    forced = switched_on("FUSED_LOSSES_FORCE_CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    if switched_on("FUSED_LOSSES_FORCE_CPU"):
+        if forced:
+            fail("FUSED_LOSSES_FORCE_CUDA and FUSED_LOSSES_FORCE_CPU contradict each other: unset one.")
+        return None, "FUSED_LOSSES_FORCE_CPU is set"
+    if not nvcc:
+        reason = f"there is no nvcc in {f'{home}/bin' if home else 'PATH or /usr/local/cuda/bin'}"
+    elif not sources("cuda/*.cu"):
+        reason = "csrc/cuda holds no kernel"
+    elif not torch.cuda and not forced:
+        return None, f"PyTorch {torch.version} has no CUDA (FUSED_LOSSES_FORCE_CUDA=1 builds them anyway)"
+    else:
+        return nvcc, ""
+    if forced:
+        fail(f"FUSED_LOSSES_FORCE_CUDA is set and {reason}: install the CUDA toolkit or set CUDA_HOME to it.")
+    return None, reason
 
 
-def ninja_file(folder: str, torch: Torch, cxx: list[str], cuda: Cuda | None) -> tuple[str, dict[str, str]]:
-    """The text of build.ninja and the shared object of each extension."""
+def cuda_architectures(nvcc: str) -> list[str]:
+    """In the notation of TORCH_CUDA_ARCH_LIST."""
+    known = re.findall(r"compute_(\d+)(\d)", output_of(nvcc, "--list-gpu-arch"))
+    asked = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(";, "))
+    chosen = []
+    for name in asked if asked != [""] else CUDA_ARCHITECTURES.split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
+        if match and match.groups()[:2] in known:
+            chosen.append(name)
+        elif asked != [""]:
+            can = ", ".join(".".join(number) for number in known)
+            fail(f"TORCH_CUDA_ARCH_LIST names {name!r} and {nvcc} compiles for {can}: write '8.0;9.0+PTX'.")
+    if asked == [""] and not chosen[-1].endswith("+PTX"):
+        chosen[-1] += (
+            "+PTX"  # an nvcc older than the last in the list: later devices need something to compile
+        )
+    return chosen
+
+
+def gencode(architecture: str) -> list[str]:
+    number = architecture.removesuffix("+PTX").replace(".", "")
+    targets = [f"sm_{number}"] + [f"compute_{number}"] * architecture.endswith("+PTX")
+    return [f"-gencode=arch=compute_{number},code={target}" for target in targets]
+
+
+def write_ninja(
+    folder: Path, torch: Torch, cxx: list[str], nvcc: str | None, architectures: list[str]
+) -> None:
+    import pybind11
     from ninja.ninja_syntax import Writer
 
-    def quoted(*arguments: str) -> str:
-        return shlex.join(arguments).replace("$", "$$")
+    out: Any = io.StringIO()  # the type stub asks for a str
+    ninja = Writer(out)
+    ninja.variable("builddir", str(folder))
 
-    headers = [str(torch.folder / "include"), sysconfig.get_path("include")]
-    headers.insert(0, importlib.import_module("pybind11").get_include())
-    system = [argument for header in headers for argument in ("-isystem", header)]
-    flags = ["-Icsrc", *system, "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    cxx_flags = [*CXX_FLAGS, *WARNINGS, *flags, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    libraries = ["-L" + str(torch.folder / "lib"), "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
-
-    out = io.StringIO()
-    ninja = Writer(out, width=110)
-    ninja.variable("builddir", folder)
-    ninja.variable("cxx", quoted(*cxx))
-
-    def compile_all(rule: str, paths: list[str], defines: dict[str, str]) -> list[str]:
-        objects = []
-        for path in paths:
-            objects.append(f"{folder}/{path}.o")
-            ninja.build(objects[-1:], rule, [path], variables={"defines": defines.get(path, "")})
-        return objects
-
-    # -MD rather than -MMD: an upgrade of PyTorch must recompile what includes its headers.
-    command = f"$cxx {quoted(*cxx_flags)} $defines -MD -MF $out.d -c $in -o $out"
-    ninja.rule("cxx", command, description="C++ $in", depfile="$out.d", deps="gcc")
-    ninja.rule("link", f"$cxx -shared -o $out $in -Wl,--no-as-needed {quoted(*libraries)}", description="link $out")
-    built_for = ";".join(cuda.architectures) if cuda else ""
-    defines = {"csrc/module.cpp": quoted(f'-DFUSED_LOSSES_CUDA_ARCHS="{built_for}"')}
-    paths = [path for path in sources("*.cpp", "cpu/*.cpp", "torch/*.cpp") if "/cuda_" not in path]
-    library = {f"{PACKAGE}._C": f"{folder}/_C.so"}
-    ninja.build([library[f"{PACKAGE}._C"]], "link", compile_all("cxx", paths, defines))
-
-    if cuda:
-        host = ",".join([*(flag for flag in CXX_FLAGS if not flag.startswith(("-std", "-O", "-D"))), *WARNINGS])
-        nvcc = [cuda.nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-DUSE_CUDA", *flags, f"-Xcompiler={host}"]
-        nvcc += [*cuda.gencode(), f"--threads={os.environ.get('NVCC_THREADS', '4')}"]
-        nvcc += [f"-ccbin={cxx[0]}"] if len(cxx) == 1 else []
+    def rule(name: str, *command: str) -> None:
+        # -MD and not -MMD: an upgrade of PyTorch recompiles what includes its headers.
+        track = {"depfile": "$out.d", "deps": "gcc"} if "-c" in command else {}
+        line = shlex.join(command).replace("$", "$$") + (" $flags -MD -MF $out.d" if track else "")
         ninja.rule(
-            "nvcc", f"{quoted(*nvcc)} -MD -MF $out.d -c $in -o $out", "nvcc $in", depfile="$out.d", deps="gcc"
+            name,
+            f"{line} -o $out $in $libraries",
+            description=f"{name} $in" if track else "link $out",
+            **track,
         )
-        # The kernels find torch's CUDA stream in libtorch_cuda.so, which a CPU build of PyTorch does not have to link
-        # against: an empty library of that name makes the loader look for the real one.
-        stub = f"{folder}/libtorch_cuda.so"
-        ninja.rule("stub", "$cxx -shared -nostdlib -Wl,-soname,libtorch_cuda.so -x c++ /dev/null -o $out", "stub $out")
-        ninja.build([stub], "stub")
-        # --exclude-libs: the static CUDA runtime's symbols must not meet those of the runtime PyTorch loads.
-        options = "--cudart=static -Xlinker=--exclude-libs=ALL -Xlinker=--no-as-needed"
-        ninja.rule("nvlink", f"{quoted(cuda.nvcc)} -shared {options} -o $out $in {quoted(*libraries)}", "link $out")
-        objects = compile_all("nvcc", sources("cuda/*.cu", "torch/cuda_*.cpp"), {})
-        library[f"{PACKAGE}._cuda"] = f"{folder}/_cuda.so"
-        ninja.build([library[f"{PACKAGE}._cuda"]], "nvlink", [*objects, stub])
-    return out.getvalue(), library
+
+    def objects(name: str, paths: list[str], **flags: str) -> list[str]:
+        for path in paths:
+            ninja.build(f"{folder}/{path}.o", name, path, variables={"flags": flags.get(Path(path).stem, "")})
+        return [f"{folder}/{path}.o" for path in paths]
+
+    headers = [pybind11.get_include(), str(torch.folder / "include"), sysconfig.get_path("include")]
+    common = [*OPTIMISED, "-Icsrc", *(flag for path in headers for flag in ("-isystem", path))]
+    common.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    libraries = shlex.join([f"-L{torch.folder}/lib", "-ltorch_cpu"]) + " " + os.environ.get("LDFLAGS", "")
+
+    rule("cxx", *cxx, *common, *HOST, *shlex.split(os.environ.get("CXXFLAGS", "")), "-c")
+    rule("link", *cxx, "-shared", "-Wl,--no-as-needed")
+    paths = [path for path in sources("*.cpp", "cpu/*.cpp", "torch/*.cpp") if "/cuda_" not in path]
+    built_for = shlex.quote(f'-DFUSED_LOSSES_CUDA_ARCHS="{";".join(architectures)}"')
+    made = objects("cxx", paths, module=built_for)
+    ninja.build(f"{folder}/_C.so", "link", made, variables={"libraries": libraries})
+
+    if nvcc:
+        flags = [flag for architecture in architectures for flag in gencode(architecture)]
+        flags += [
+            f"--threads={os.environ.get('NVCC_THREADS', '4')}",
+            f"-Xcompiler={','.join(HOST)}",
+            "-DUSE_CUDA",
+        ]
+        compiler = [f"-ccbin={cxx[0]}"] if len(cxx) == 1 else []  # more words are a launcher or flags
+        rule("nvcc", nvcc, *compiler, *common, *flags, "-c")
+        # The current CUDA stream comes from libtorch_cuda.so, which a CPU build of PyTorch does not have:
+        # linking against an empty library of that name makes the loader look for the real one.
+        rule("stub", *cxx, "-shared", "-nostdlib", "-Wl,-soname,libtorch_cuda.so", "-xc++", "/dev/null")
+        ninja.build(f"{folder}/libtorch_cuda.so", "stub")
+        # PyTorch may load another CUDA runtime: the symbols of ours stay inside.
+        hide = ["-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs=ALL"]
+        rule("nvlink", nvcc, *compiler, "-shared", "-nodlink", "--cudart=static", *hide)
+        made = objects("nvcc", sources("cuda/*.cu", "torch/cuda_*.cpp"))
+        libraries += f" -L{folder} -ltorch_cuda"
+        stub = [f"{folder}/libtorch_cuda.so"]
+        ninja.build(f"{folder}/_cuda.so", "nvlink", made, implicit=stub, variables={"libraries": libraries})
+    (ROOT / folder / "build.ninja").write_text(out.getvalue())
 
 
 class CleanBuild(build):
     def run(self) -> None:
-        # What an earlier build copied there and the tree no longer holds must not get into a wheel.
-        shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
+        # What the tree no longer holds must not reach a wheel from an earlier build.
+        shutil.rmtree(Path(self.build_lib, "fused_losses"), ignore_errors=True)
         super().run()
 
 
 class NinjaBuild(build_ext):
+    extensions: list[Extension]
+
     def get_ext_filename(self, fullname: str) -> str:
-        # Loaded by torch.ops.load_library, not imported: no Python version in its name.
+        # torch.ops.load_library takes _cuda.so, Python never does: its name holds no Python version.
         filename: str = super().get_ext_filename(fullname)
         return filename.split(".")[0] + ".so" if fullname.endswith("_cuda") else filename
 
     def build_extensions(self) -> None:
         if sys.platform != "linux":
             fail(f"it builds on Linux, and this is {sys.platform}.")
-        torch = Torch.find()
-        require_build_tools()
+        torch = find_torch()
         cxx = find_compiler()
-        cuda = Cuda.find(torch)
+        require_headers()
+        nvcc, reason = find_nvcc(torch)
+        architectures = cuda_architectures(nvcc) if nvcc else []
         levels = [Path(path).stem.removeprefix("level_") for path in sources("cpu/level_*.cpp")]
-        x86 = sysconfig.get_platform().endswith("x86_64")
+        if not sysconfig.get_platform().endswith("x86_64"):
+            levels = ["baseline"]  # the other files compile to nothing
         say(f"PyTorch {torch.version} in {torch.folder}")
-        say(f"C++ compiler {first_line([*cxx, '--version'])}")
-        say(f"CPU kernels: {', '.join(levels) if x86 else 'baseline'}; the best the machine has is taken at load")
-        if isinstance(cuda, Cuda):
-            say(f"CUDA kernels: {' '.join(cuda.architectures)}, by {cuda.nvcc}")
-        else:
-            say(f"CUDA kernels: left out, {cuda}")
+        say(f"C++ compiler {output_of(*cxx, '--version').splitlines()[0]}")
+        say(f"CPU kernels for {', '.join(levels)}: the best the machine has is taken at load")
+        say(f"CUDA kernels for {' '.join(architectures)} by {nvcc}" if nvcc else f"no CUDA kernels: {reason}")
 
-        folder = Path("build") / str(sysconfig.get_config_var("SOABI"))
+        folder = Path("build", str(sysconfig.get_config_var("SOABI")))
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
-        text, library = ninja_file(str(folder), torch, cxx, cuda if isinstance(cuda, Cuda) else None)
-        (ROOT / folder / "build.ninja").write_text(text)
+        write_ninja(folder, torch, cxx, nvcc, architectures)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        command = [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja"), "-j", jobs]
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
+        ninja = [sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", "-j", jobs]
+        if subprocess.run(ninja, cwd=ROOT).returncode != 0:
             fail("the build stopped at the error shown above.")
 
-        for extension in self.extensions:
+        for extension in list(self.extensions):
             target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if extension.name in library:
-                self.copy_file(str(ROOT / library[extension.name]), str(target))
-            else:  # left out now, perhaps not the last time
-                target.unlink(missing_ok=True)
-                Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
-        self.extensions = [extension for extension in self.extensions if extension.name in library]
+            if extension.name.endswith("_cuda") and not nvcc:
+                self.extensions.remove(extension)
+                for stale in (target, ROOT / "fused_losses" / target.name):
+                    stale.unlink(missing_ok=True)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / folder / f"{extension.name.rpartition('.')[2]}.so", target)
         for header in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]:
-            copy = Path(self.build_lib) / PACKAGE / "include" / header.relative_to(CSRC)
+            copy = Path(self.build_lib, "fused_losses", "include", header.relative_to(CSRC))
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(header, copy)
 
 
 setup(
-    ext_modules=[Extension(f"{PACKAGE}._C", []), Extension(f"{PACKAGE}._cuda", [])],
+    ext_modules=[Extension("fused_losses._C", []), Extension("fused_losses._cuda", [])],
     cmdclass={"build": CleanBuild, "build_ext": NinjaBuild},
 )
