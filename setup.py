@@ -156,7 +156,7 @@ def write_ninja(
     from ninja.ninja_syntax import Writer
 
     out: Any = io.StringIO()  # the type stub asks for a str
-    ninja = Writer(out)
+    ninja: Any = Writer(out)  # nor do its other types hold
     ninja.variable("builddir", str(folder))
 
     def rule(name: str, *command: str) -> None:
