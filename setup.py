@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -210,6 +211,21 @@ def write_ninja(
     (ROOT / folder / "build.ninja").write_text(out.getvalue())
 
 
+def toolchain() -> tuple[Torch, list[str]]:
+    if sys.platform != "linux":
+        fail(f"it builds on Linux, and this is {sys.platform}.")
+    torch, compiler = find_torch(), find_compiler()
+    require_headers()
+    return torch, compiler
+
+
+class Metadata(dist_info):
+    def run(self) -> None:
+        # pip asks for this first: what is missing shows before gigabytes of dependencies are fetched.
+        toolchain()
+        super().run()
+
+
 class CleanBuild(build):
     def run(self) -> None:
         # What the tree no longer holds must not reach a wheel from an earlier build.
@@ -226,11 +242,7 @@ class NinjaBuild(build_ext):
         return filename.split(".")[0] + ".so" if fullname.endswith("_cuda") else filename
 
     def build_extensions(self) -> None:
-        if sys.platform != "linux":
-            fail(f"it builds on Linux, and this is {sys.platform}.")
-        torch = find_torch()
-        cxx = find_compiler()
-        require_headers()
+        torch, cxx = toolchain()
         nvcc, reason = find_nvcc(torch)
         architectures = cuda_architectures(nvcc) if nvcc else []
         levels = [Path(path).stem.removeprefix("level_") for path in sources("cpu/level_*.cpp")]
@@ -266,5 +278,5 @@ class NinjaBuild(build_ext):
 
 setup(
     ext_modules=[Extension("fused_losses._C", []), Extension("fused_losses._cuda", [])],
-    cmdclass={"build": CleanBuild, "build_ext": NinjaBuild},
+    cmdclass={"build": CleanBuild, "build_ext": NinjaBuild, "dist_info": Metadata},
 )
