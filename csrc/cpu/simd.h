@@ -1,0 +1,251 @@
+// Vectors of one instruction-set level, by the compiler's own vector types: the same source is SSE2, AVX2,
+// AVX-512 or NEON. Included inside each level's namespace (so no include guard, and no includes of its own):
+// nothing compiled here can be merged by the linker with another level's code.
+
+#define FL_INLINE inline __attribute__((always_inline))
+#define FL_FN static FL_INLINE
+// For what a loop calls rarely: inlined everywhere, these would be most of the code and of the compile time.
+#define FL_CALL static __attribute__((noinline))
+
+typedef float vf __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
+typedef double vd __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
+typedef int64_t vl __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
+typedef float half_vf __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES / 2)));
+typedef uint16_t vh __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES / 2)));
+
+template <class V>
+struct Lanes;
+template <>
+struct Lanes<vf> {
+  using Scalar = float;
+  using Int = vi;
+  static constexpr int count = FUSED_LOSSES_VECTOR_BYTES / 4;
+  static constexpr int mantissa_bits = 23, exponent_bias = 127;
+};
+template <>
+struct Lanes<vd> {
+  using Scalar = double;
+  using Int = vl;
+  static constexpr int count = FUSED_LOSSES_VECTOR_BYTES / 8;
+  static constexpr int mantissa_bits = 52, exponent_bias = 1023;
+};
+template <>
+struct Lanes<vl> {
+  static constexpr int count = FUSED_LOSSES_VECTOR_BYTES / 8;
+};
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using V = vf;
+};
+template <>
+struct VectorOf<double> {
+  using V = vd;
+};
+
+template <class V>
+FL_FN V broadcast(typename Lanes<V>::Scalar value) {
+  return value - V{};  // x - 0 is x for every x, -0 and NaN included
+}
+template <class V>
+FL_FN V select(typename Lanes<V>::Int mask, V yes, V no) {
+  return mask ? yes : no;
+}
+// A NaN in `a` stays: the comparison is false for it.
+template <class V>
+FL_FN V at_least(V a, V low) {
+  return a < low ? low : a;
+}
+template <class V>
+FL_FN V at_most(V a, V high) {
+  return a > high ? high : a;
+}
+template <class To, class From>
+FL_FN To bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+template <class V>
+FL_FN V magnitude(V x) {
+  using I = typename Lanes<V>::Int;
+  return bits<V>(bits<I>(x) & ~bits<I>(broadcast<V>(-0.0)));
+}
+template <class V>
+FL_FN typename Lanes<V>::Int lane_numbers() {
+  using I = typename Lanes<V>::Int;
+  struct Numbers {
+    decltype(I{}[0] + 0) lane[Lanes<V>::count];
+  };
+  static constexpr Numbers numbers = [] {
+    Numbers n{};
+    for (int i = 0; i < Lanes<V>::count; ++i) n.lane[i] = i;
+    return n;
+  }();
+  return bits<I>(numbers);
+}
+
+FL_FN vf square_root(vf x) {
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+  return bits<vf>(_mm512_maskz_sqrt_ps(0xffff, bits<__m512>(x)));
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  return bits<vf>(_mm256_sqrt_ps(bits<__m256>(x)));
+#elif FUSED_LOSSES_X86
+  return bits<vf>(_mm_sqrt_ps(bits<__m128>(x)));
+#else
+  for (int i = 0; i < Lanes<vf>::count; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+FL_FN vd square_root(vd x) {
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+  return bits<vd>(_mm512_maskz_sqrt_pd(0xff, bits<__m512d>(x)));
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  return bits<vd>(_mm256_sqrt_pd(bits<__m256d>(x)));
+#elif FUSED_LOSSES_X86
+  return bits<vd>(_mm_sqrt_pd(bits<__m128d>(x)));
+#else
+  for (int i = 0; i < Lanes<vd>::count; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
+
+// Storage types. bf16 and fp16 are two bytes in memory and a float in a register.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+template <class S>
+struct ComputeOf {
+  using T = float;
+};
+template <>
+struct ComputeOf<double> {
+  using T = double;
+};
+
+FL_FN vf widen(vh raw, bf16) {
+  return bits<vf>(__builtin_convertvector(raw, vu) << 16);
+}
+FL_FN vh narrow(vf x, bf16) {
+  const vu u = bits<vu>(x);
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // nearest, ties to even
+  const vu nan = vu{} + 0x7fc0u;
+  return __builtin_convertvector(bits<vu>(x == x) ? rounded : nan, vh);
+}
+FL_FN vf widen(vh raw, f16) {
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+  return bits<vf>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(raw)));
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  return bits<vf>(_mm256_cvtph_ps(bits<__m128i>(raw)));
+#else
+  // Exponents are rebased by an integer addition; a subnormal is made normal by a float subtraction, which
+  // is exact and works where the thread flushes subnormals.
+  const vu h = __builtin_convertvector(raw, vu);
+  const vu shifted = (h & 0x7fffu) << 13, exponent = shifted & (0x7c00u << 13);
+  vu u = shifted + ((127u - 15u) << 23);
+  u = exponent == (0x7c00u << 13) ? u + ((128u - 16u) << 23) : u;
+  const vf subnormal = bits<vf>(u + (1u << 23)) - bits<vf>(vu{} + (113u << 23));
+  u = exponent == 0u ? bits<vu>(subnormal) : u;
+  return bits<vf>(u | (h & 0x8000u) << 16);
+#endif
+}
+FL_FN vh narrow(vf x, f16) {
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+  return bits<vh>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  return bits<vh>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const vu all = bits<vu>(x), sign = all & 0x80000000u, u = all ^ sign;
+  const vu overflow = bits<vu>(x == x) ? vu{} + 0x7c00u : vu{} + 0x7e00u;
+  // Adding 0.5 lines the mantissa of a value below 2^-14 up with fp16's subnormals and rounds it.
+  const vu subnormal = bits<vu>(bits<vf>(u) + 0.5f) - bits<vu>(vf{} + 0.5f);
+  const vu normal = (u - ((127u - 15u) << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  vu r = u < (113u << 23) ? subnormal : normal;
+  r = u >= ((127u + 16u) << 23) ? overflow : r;
+  return __builtin_convertvector(r | sign >> 16, vh);
+#endif
+}
+
+// Loads and stores need no alignment.
+FL_FN vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+FL_FN vd load(const double* p) {
+  vd v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class S>
+FL_FN vf load(const S* p) {
+  vh raw;
+  __builtin_memcpy(&raw, p, sizeof raw);
+  return widen(raw, S{});
+}
+FL_FN void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+FL_FN void store(double* p, vd v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class S>
+FL_FN void store(S* p, vf v) {
+  const vh raw = narrow(v, S{});
+  __builtin_memcpy(p, &raw, sizeof raw);
+}
+// The first n < lanes elements; the other lanes read `fill` and are not written.
+template <class V, class S>
+FL_CALL V load_part(const S* p, int64_t n, typename Lanes<V>::Scalar fill) {
+  S raw[Lanes<V>::count] = {};
+  for (int64_t i = 0; i < n; ++i) raw[i] = p[i];
+  using I = typename Lanes<V>::Int;
+  using Lane = decltype(I{}[0] + 0);
+  return select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(n), load(raw), broadcast<V>(fill));
+}
+template <class V, class S>
+FL_CALL void store_part(S* p, int64_t n, V v) {
+  S raw[Lanes<V>::count];
+  store(raw, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = raw[i];
+}
+
+FL_FN half_vf low_half(vf v) {
+  half_vf h;
+  __builtin_memcpy(&h, &v, sizeof h);
+  return h;
+}
+FL_FN half_vf high_half(vf v) {
+  half_vf h;
+  __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof h, sizeof h);
+  return h;
+}
+FL_FN vf join(vd low, vd high) {
+  struct Halves {
+    half_vf low, high;
+  };
+  return bits<vf>(Halves{__builtin_convertvector(low, half_vf), __builtin_convertvector(high, half_vf)});
+}
+
+// Sums are taken in double, so that their error does not grow with the count.
+FL_FN vd to_double_sum(vf v) {
+  return __builtin_convertvector(low_half(v), vd) + __builtin_convertvector(high_half(v), vd);
+}
+FL_FN vd to_double_sum(vd v) { return v; }
+FL_CALL double sum_lanes(vd v) {
+  double sum = 0;
+  for (int i = 0; i < Lanes<vd>::count; ++i) sum += v[i];
+  return sum;
+}
+template <class V>
+FL_CALL typename Lanes<V>::Scalar max_lanes(V v) {
+  // Halves are folded onto each other: log2(lanes) steps.
+  typename Lanes<V>::Scalar lane[Lanes<V>::count];
+  store(lane, v);
+  for (int width = Lanes<V>::count / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] = lane[i] < lane[i + width] ? lane[i + width] : lane[i];
+  return lane[0];
+}

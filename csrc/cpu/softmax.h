@@ -1,0 +1,522 @@
+// Cross entropy and softmax focal loss. Included inside each level's namespace. Two loops, one result:
+//
+// softmax_rows: classes are contiguous, a vector holds neighbouring classes of one row. The row is read from
+//   memory once: block by block, its maximum is found and its exponentials are summed and stored while the
+//   block sits in L1; a second sweep over the stored exponentials, now in L2, turns them into the gradient.
+// softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes.
+//   For (N, C, d1, ...) logits the positions are contiguous and used where they lie; for short rows and for any
+//   other strides a group of positions is transposed into a tile first.
+//
+// Memory traffic of both: each logit in once, each gradient out once.
+//
+// A target is an index y with weight A = w_y (1 - label_smoothing), a dense part
+//   q_j = w_j ((1 - label_smoothing) t_j + label_smoothing / C)          (t_j = 0 for an index target),
+// or both. With Q = sum of q_j, D = sum of q_j (m - x_j) and the row's log sum of exp(x_j - m):
+//   value = A (log sum + m - x_y) + D + Q log sum
+//   grad  = (A + Q) p_j - q_j - A 1_y
+
+template <bool flag>
+struct Flag {
+  static constexpr bool value = flag;
+};
+
+template <class T>
+struct DenseTarget {
+  using V = typename VectorOf<T>::V;
+  const T* weight;  // [C] or nullptr
+  T keep, smooth;   // 1 - label_smoothing, label_smoothing / C
+
+  // q of the classes from j on, t their targets; t is nullptr where the target is an index.
+  FL_INLINE V whole(int64_t j, const T* t) const {
+    const V q = keep * (t ? load(t) : V{}) + smooth;
+    return weight ? load(weight + j) * q : q;
+  }
+  // The same for n < lanes classes; the other lanes are 0.
+  FL_INLINE V part(int64_t j, const T* t, int64_t n) const {
+    const V q = keep * (t ? load_part<V>(t, n, 0) : V{}) + smooth;
+    return load_part<V>(weight ? weight + j : ones, n, 0) * q;
+  }
+  static constexpr T ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+};
+
+// exp of one number, by the same function as every other.
+template <class T>
+FL_FN T exp_scalar(T x) {
+  return exp(broadcast<typename VectorOf<T>::V>(x))[0];
+}
+
+// Steps through the positions, keeping an offset for each of up to three arrays.
+struct Cursor {
+  const SoftmaxArgs& a;
+  int64_t index[kMaxDims];
+  int64_t logits = 0, grad = 0, probability = 0;
+
+  Cursor(const SoftmaxArgs& args, int64_t position) : a(args) {
+    for (int d = a.ndim - 1; d >= 0; --d) {
+      index[d] = position % a.size[d];
+      position /= a.size[d];
+      move(d, index[d]);
+    }
+  }
+  void move(int d, int64_t steps) {
+    logits += steps * a.logits_stride[d];
+    grad += steps * a.grad_stride[d];
+    probability += steps * a.probability_stride[d];
+  }
+  int64_t left_in_run() const { return a.size[a.ndim - 1] - index[a.ndim - 1]; }
+  void advance(int64_t steps) {  // at most to the end of the run
+    int d = a.ndim - 1;
+    move(d, steps);
+    index[d] += steps;
+    for (; d > 0 && index[d] == a.size[d]; --d) {
+      move(d, -index[d]);
+      index[d] = 0;
+      move(d - 1, 1);
+      ++index[d - 1];
+    }
+  }
+};
+
+template <class T>
+constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : static_cast<T>(-__FLT_MAX__);
+
+// ---- rows -----------------------------------------------------------------------------------------------------
+
+constexpr int kMaxBlocks = 64;
+constexpr int64_t kBlock = 1024;  // classes: the logits and exponentials of a block stay in L1
+
+template <class T, bool dense, bool want_grad>
+static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::V;
+  using I = typename Lanes<V>::Int;
+  using Lane = decltype(I{}[0] + 0);
+  constexpr int lanes = Lanes<V>::count;
+
+  const DType dtype = a.dtype;
+  const int64_t classes = a.classes;
+  int64_t block = kBlock;
+  while (block * kMaxBlocks < classes) block *= 2;
+
+  // Exponentials are kept in the gradient's own memory where its type allows; for fp16 and bf16 in a row of the
+  // compute type, so that they are rounded once.
+  const bool narrow = dtype != compute_dtype<T>;
+  const auto row = std::unique_ptr<T[]>(narrow ? new T[want_grad ? classes : block] : nullptr);
+  const auto target_block = std::unique_ptr<T[]>(narrow && a.probability ? new T[block] : nullptr);
+  const DenseTarget<T> target{static_cast<const T*>(a.weight), static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
+                              static_cast<T>(a.label_smoothing / classes)};
+  double total = 0;
+
+  Cursor cursor(a, begin);
+  for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
+    int64_t y = -1;
+    if (a.index) {
+      y = a.index[p];
+      if (y == a.ignore_index) {
+        if (a.value) store_scalar<T>(dtype, a.value, p, 0);
+        if constexpr (want_grad) {
+          const int64_t size = dtype == DType::f64 ? 8 : narrow ? 2 : 4;
+          __builtin_memset(static_cast<char*>(a.grad) + cursor.grad * size, 0, classes * size);
+        }
+        continue;
+      }
+    }
+    const T target_logit = y >= 0 ? load_scalar<T>(dtype, a.logits, cursor.logits + y) : 0;
+    T* e = nullptr;  // [C] exponentials, then the gradient
+    if constexpr (want_grad) e = narrow ? row.get() : static_cast<T*>(a.grad) + cursor.grad;
+    const auto target_of = [&](int64_t b, int64_t n) -> const T* {
+      if (!a.probability) return nullptr;
+      return stage_run<T>(dtype, a.probability, cursor.probability + b, 1, n, target_block.get());
+    };
+
+    T maximum = lowest<T>, block_maximum[kMaxBlocks];
+    double rest = 0, dense_sum = 0, dense_distance = 0;  // relative to `maximum`
+    for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
+      const int64_t n = b + block < classes ? block : classes - b;
+      const int64_t whole = n / lanes * lanes;
+      const T* x = stage_run<T>(dtype, a.logits, cursor.logits + b, 1, n, want_grad ? e + b : row.get());
+      const T* t = dense ? target_of(b, n) : nullptr;
+
+      V highest[4] = {broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>)};
+      int64_t j = 0;
+      for (; j + 4 * lanes <= whole; j += 4 * lanes)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
+      for (; j < whole; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
+      if (whole < n) highest[0] = at_least(load_part<V>(x + whole, n - whole, lowest<T>), highest[0]);
+      const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
+      if (top > maximum) {
+        if (b > 0) {
+          rest *= exp_scalar(maximum - top);
+          if (dense) dense_distance += dense_sum * (static_cast<double>(top) - maximum);
+        }
+        maximum = top;
+      }
+      block_maximum[k] = maximum;
+
+      V sum{}, q_sum{}, q_distance{};
+      const auto step = [&](int64_t j) {
+        const V distance = maximum - load(x + j);
+        const V term = exp(-distance);
+        if constexpr (want_grad) store(e + b + j, term);
+        if constexpr (dense) {
+          const V q = target.whole(b + j, t ? t + j : nullptr);
+          q_sum += q;
+          q_distance += q * distance;
+        }
+        return term;
+      };
+      const auto without = [&](V term, int64_t lane) {
+        return select<V>(lane_numbers<V>() == I{} + static_cast<Lane>(lane), V{}, term);
+      };
+      const int64_t target_vector = y >= b && y < b + whole ? (y - b) / lanes * lanes : whole;
+      for (j = 0; j < target_vector; j += lanes) sum += step(j);
+      if (j < whole) {  // the target's own term is kept out of the sum
+        sum += without(step(j), y - b - j);
+        for (j += lanes; j < whole; j += lanes) sum += step(j);
+      }
+      if (const int64_t left = n - whole; left > 0) {
+        const V distance = maximum - load_part<V>(x + whole, left, -static_cast<T>(__builtin_inf()));
+        const V term = exp(-distance);
+        if constexpr (want_grad) store_part(e + b + whole, left, term);
+        if constexpr (dense) {
+          const V q = target.part(b + whole, t ? t + whole : nullptr, left);
+          q_sum += q;
+          q_distance += select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(left), q * distance, V{});
+        }
+        sum += y >= b + whole && y < b + n ? without(term, y - b - whole) : term;
+      }
+      rest += sum_lanes(to_double_sum(sum));
+      if constexpr (dense) {
+        dense_sum += sum_lanes(to_double_sum(q_sum));
+        dense_distance += sum_lanes(to_double_sum(q_distance));
+      }
+    }
+
+    // One row's formula, on a vector whose lanes are all the same.
+    RowSums<V> sums{V{}, V{}, broadcast<V>(static_cast<T>(rest))};
+    RowLoss<V> loss{};
+    if (y >= 0) {
+      sums.target_distance = broadcast<V>(maximum - target_logit);
+      sums.target_term = exp(-sums.target_distance);
+      const T weight = target.weight ? target.weight[y] : T{1};
+      loss = a.gamma > 0 ? softmax_focal_row(sums, broadcast<V>(weight), a.gamma)
+                         : cross_entropy_row(sums, broadcast<V>(static_cast<T>(weight * (1 - a.label_smoothing))));
+    }
+    double value = loss.value[0];
+    if constexpr (dense) value += dense_distance + dense_sum * log_sum(sums)[0];
+    total += value;
+    if (a.value) store_scalar<T>(dtype, a.value, p, static_cast<T>(value));
+
+    if constexpr (want_grad) {
+      const double upstream = a.grad_scale * (a.upstream ? load_scalar<T>(dtype, a.upstream, p) : 1);
+      const double all = rest + sums.target_term[0];
+      const double softmax = (loss.softmax[0] + (dense ? dense_sum : 0)) * upstream / all;
+      const V scale = broadcast<V>(static_cast<T>(upstream));
+      for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
+        const int64_t n = b + block < classes ? block : classes - b;
+        const T shift = block_maximum[k] == maximum ? T{1} : exp_scalar(block_maximum[k] - maximum);
+        const V factor = broadcast<V>(static_cast<T>(softmax * shift));
+        const T* t = dense ? target_of(b, n) : nullptr;
+        T* g = e + b;
+        int64_t j = 0;
+        for (; j + lanes <= n; j += lanes) {
+          V grad = load(g + j) * factor;
+          if constexpr (dense) grad -= scale * target.whole(b + j, t ? t + j : nullptr);
+          store(g + j, grad);
+        }
+        if (j < n) {
+          V grad = load_part<V>(g + j, n - j, 0) * factor;
+          if constexpr (dense) grad -= scale * target.part(b + j, t ? t + j : nullptr, n - j);
+          store_part(g + j, n - j, grad);
+        }
+        if (y >= b && y < b + n) {
+          double grad = loss.target[0];
+          if constexpr (dense)
+            grad += dense_sum * (sums.target_term[0] / all) -
+                    static_cast<double>(target.smooth) * (target.weight ? target.weight[y] : T{1});
+          e[y] = static_cast<T>(grad * upstream);
+        }
+        unstage_run<T>(dtype, a.grad, cursor.grad + b, 1, n, g);
+      }
+    }
+  }
+  return total;
+}
+
+// ---- columns --------------------------------------------------------------------------------------------------
+
+// Moves n positions' logits between strided memory and a tile [C, pitch]; offset[i] is position i's first logit.
+// `column` is room for the C logits of one position.
+template <class T>
+FL_CALL void read_columns(DType dtype, const void* data, const int64_t* offset, bool contiguous, int64_t class_stride,
+                          int64_t classes, int64_t n, T* tile, int64_t pitch, T* column) {
+  if (contiguous) {
+    for (int64_t c = 0; c < classes; ++c) {
+      T* to = tile + c * pitch;
+      const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
+      if (run != to) read_run(run, 1, n, to);
+      for (int64_t i = n; i < pitch; ++i) to[i] = 0;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T* from = stage_run(dtype, data, offset[i], class_stride, classes, column);
+    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = from[c];
+  }
+  for (int64_t i = n; i < pitch; ++i)
+    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = 0;
+}
+template <class T>
+FL_CALL void write_columns(DType dtype, void* data, const int64_t* offset, bool contiguous, int64_t class_stride,
+                           int64_t classes, int64_t n, const T* tile, int64_t pitch, T* column) {
+  if (contiguous) {
+    for (int64_t c = 0; c < classes; ++c)
+      unstage_run(dtype, data, offset[0] + c * class_stride, 1, n, tile + c * pitch);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
+    unstage_run(dtype, data, offset[i], class_stride, classes, column);
+  }
+}
+
+// A sum of many terms in T: short runs, added up with Kahan's compensation.
+template <class V>
+struct LongSum {
+  V total{}, lost{}, run{};
+  FL_INLINE void add(V term) { run += term; }
+  FL_INLINE void end_run() {
+    const V y = run - lost, sum = total + y;
+    lost = (sum - total) - y;
+    total = sum;
+    run = V{};
+  }
+};
+
+template <class T, bool dense, bool want_grad>
+static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::V;
+  using I = typename Lanes<V>::Int;
+  using Lane = decltype(I{}[0] + 0);
+  constexpr int vectors = FUSED_LOSSES_VECTOR_BYTES == 64 ? 4 : 2;  // as many as the registers hold
+  constexpr int lanes = Lanes<V>::count, group = vectors * lanes;
+
+  const DType dtype = a.dtype;
+  const int64_t classes = a.classes, last = a.ndim - 1;
+  const bool direct = dtype == compute_dtype<T>;
+  const auto room = [](bool wanted, int64_t size) { return std::unique_ptr<T[]>(wanted ? new T[size] : nullptr); };
+  const auto logits_tile = room(true, classes * group), grad_tile = room(want_grad, classes * group),
+             target_tile = room(a.probability, classes * group), column = room(true, classes);
+  const DenseTarget<T> target{nullptr, static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
+                              static_cast<T>(a.label_smoothing / classes)};
+  const T* weight = static_cast<const T*>(a.weight);
+  double total = 0;
+
+  Cursor cursor(a, begin);
+  int64_t logits_offset[group], grad_offset[group], probability_offset[group];
+  for (int64_t p = begin; p < end; p += group) {
+    const int64_t n = end - p < group ? end - p : group;
+    const bool one_run = cursor.left_in_run() >= n;
+    for (int64_t i = 0; i < n;) {
+      const int64_t run = cursor.left_in_run() < n - i ? cursor.left_in_run() : n - i;
+      for (int64_t k = 0; k < run; ++k) {
+        logits_offset[i + k] = cursor.logits + k * a.logits_stride[last];
+        grad_offset[i + k] = cursor.grad + k * a.grad_stride[last];
+        probability_offset[i + k] = cursor.probability + k * a.probability_stride[last];
+      }
+      cursor.advance(run);
+      i += run;
+    }
+
+    const auto tile_of = [&](const void* data, const int64_t* offset, int64_t stride, int64_t class_stride, T* tile,
+                             int64_t& pitch) -> const T* {
+      const bool contiguous = one_run && stride == 1;
+      pitch = class_stride;
+      if (contiguous && direct && n == group) return static_cast<const T*>(data) + offset[0];
+      read_columns(dtype, data, offset, contiguous, class_stride, classes, n, tile, group, column.get());
+      pitch = group;
+      return tile;
+    };
+    int64_t x_pitch, t_pitch = 0, e_pitch = group;
+    const T* x = tile_of(a.logits, logits_offset, a.logits_stride[last], a.logits_class_stride, logits_tile.get(), x_pitch);
+    const T* t = nullptr;
+    if (dense && a.probability)
+      t = tile_of(a.probability, probability_offset, a.probability_stride[last], a.probability_class_stride,
+                  target_tile.get(), t_pitch);
+    T* e = grad_tile.get();  // [C, group] exponentials, then the gradient
+    const bool grad_contiguous = one_run && a.grad_stride[last] == 1;
+    const bool grad_in_place = want_grad && grad_contiguous && direct && n == group;
+    if (grad_in_place) {
+      e = static_cast<T*>(a.grad) + grad_offset[0];
+      e_pitch = a.grad_class_stride;
+    }
+
+    // Targets and weights, a lane a position. A lane past the end counts as ignored.
+    T index_lane[group], weight_lane[group], upstream_lane[group];
+    for (int64_t i = 0; i < group; ++i) {
+      const int64_t y = i < n && a.index ? a.index[p + i] : -1;
+      const bool live = i < n && !(a.index && y == a.ignore_index);
+      index_lane[i] = bits<T>(static_cast<Lane>(live ? (a.index ? y : -1) : -2));
+      weight_lane[i] = a.index && live ? (weight ? weight[y] : T{1}) : T{0};
+      upstream_lane[i] = static_cast<T>(a.grad_scale * (i < n && a.upstream ? load_scalar<T>(dtype, a.upstream, p + i) : 1));
+    }
+
+    V highest[vectors];
+    I y[vectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; ++u) {
+      highest[u] = broadcast<V>(lowest<T>);
+      y[u] = bits<I>(load(index_lane + u * lanes));
+    }
+    for (int64_t c = 0; c < classes; ++c)
+#pragma GCC unroll 4
+      for (int u = 0; u < vectors; ++u) highest[u] = at_least(load(x + c * x_pitch + u * lanes), highest[u]);
+
+    LongSum<V> rest[vectors], q_sum[vectors], q_distance[vectors];
+    V target_distance[vectors] = {};
+    for (int64_t c = 0; c < classes; ++c) {
+      const T class_weight = weight ? weight[c] : T{1};
+#pragma GCC unroll 4
+      for (int u = 0; u < vectors; ++u) {
+        const V distance = highest[u] - load(x + c * x_pitch + u * lanes);
+        const V term = exp(-distance);
+        const I is_target = y[u] == I{} + static_cast<Lane>(c);
+        if constexpr (want_grad) store(e + c * e_pitch + u * lanes, term);
+        rest[u].add(select<V>(is_target, V{}, term));
+        target_distance[u] = select<V>(is_target, distance, target_distance[u]);
+        if constexpr (dense) {
+          const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+          q_sum[u].add(q);
+          q_distance[u].add(q * distance);
+        }
+      }
+      if (c % 16 == 15 || c + 1 == classes) {
+#pragma GCC unroll 4
+        for (int u = 0; u < vectors; ++u) {
+          rest[u].end_run();
+          if constexpr (dense) {
+            q_sum[u].end_run();
+            q_distance[u].end_run();
+          }
+        }
+      }
+    }
+
+    V softmax[vectors], at_target[vectors], scale[vectors];
+    I live[vectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; ++u) {
+      live[u] = y[u] != I{} - static_cast<Lane>(2);
+      const I indexed = y[u] >= 0;
+      const RowSums<V> sums{target_distance[u], select<V>(indexed, exp(-target_distance[u]), V{}), rest[u].total};
+      const V row_weight = load(weight_lane + u * lanes);
+      RowLoss<V> loss{};
+      if (a.index)
+        loss = a.gamma > 0 ? softmax_focal_row(sums, row_weight, a.gamma)
+                           : cross_entropy_row(sums, row_weight * static_cast<T>(1 - a.label_smoothing));
+      const V inverse = 1 / (sums.rest + sums.target_term);
+      V value = loss.value;
+      if constexpr (dense) value += q_distance[u].total + q_sum[u].total * log_sum(sums);
+      value = select<V>(live[u], value, V{});
+      total += sum_lanes(to_double_sum(value));
+      if (a.value) {
+        T lane[lanes];
+        store(lane, value);
+        const int64_t left = n - u * lanes;
+        if (left > 0) unstage_run(dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
+      }
+      if constexpr (want_grad) {
+        scale[u] = load(upstream_lane + u * lanes);
+        const V q_total = dense ? q_sum[u].total : V{};
+        softmax[u] = (loss.softmax + q_total) * inverse * scale[u];
+        at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
+      }
+    }
+
+    if constexpr (want_grad) {
+      for (int64_t c = 0; c < classes; ++c) {
+        const T class_weight = weight ? weight[c] : T{1};
+#pragma GCC unroll 4
+        for (int u = 0; u < vectors; ++u) {
+          V grad = load(e + c * e_pitch + u * lanes) * softmax[u];
+          grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_target[u], grad);
+          if constexpr (dense) {
+            const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+            grad -= scale[u] * q;
+          }
+          store(e + c * e_pitch + u * lanes, select<V>(live[u], grad, V{}));
+        }
+      }
+      if (!grad_in_place)
+        write_columns(dtype, a.grad, grad_offset, grad_contiguous, a.grad_class_stride, classes, n, e, e_pitch,
+                      column.get());
+    }
+  }
+  return total;
+}
+
+// ---- targets --------------------------------------------------------------------------------------------------
+
+template <class T>
+static double weigh_targets(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  const T* weight = static_cast<const T*>(a.weight);
+  double sum = 0;
+  for (int64_t p = begin; p < end; ++p) sum += a.index[p] == a.ignore_index ? T{0} : weight[a.index[p]];
+  return sum;
+}
+
+static double count_targets(const SoftmaxArgs& a, int64_t begin, int64_t end, int64_t* invalid) {
+  constexpr int lanes = Lanes<vl>::count;
+  vl ignored{}, wrong{};  // a true comparison is -1
+  int64_t p = begin;
+  for (; p + lanes <= end; p += lanes) {
+    vl y;
+    __builtin_memcpy(&y, a.index + p, sizeof y);
+    const vl skip = y == a.ignore_index;
+    ignored += skip;
+    wrong |= ((y < 0) | (y >= a.classes)) & ~skip;
+  }
+  bool any_wrong = false;
+  int64_t count = end - begin;
+  for (int i = 0; i < lanes; ++i) {
+    count += ignored[i];
+    any_wrong |= wrong[i] != 0;
+  }
+  for (; p < end; ++p) {
+    const int64_t y = a.index[p];
+    if (y == a.ignore_index) --count;
+    else any_wrong |= y < 0 || y >= a.classes;
+  }
+  if (any_wrong) {
+    p = begin;
+    while (a.index[p] == a.ignore_index || (a.index[p] >= 0 && a.index[p] < a.classes)) ++p;
+    *invalid = p;
+    return 0;
+  }
+  if (!a.weight || !a.count_weights) return static_cast<double>(count);
+  return a.dtype == DType::f64 ? weigh_targets<double>(a, begin, end) : weigh_targets<float>(a, begin, end);
+}
+
+// ---- instantiations -------------------------------------------------------------------------------------------
+
+template <class Run>
+FL_FN double for_options(const SoftmaxArgs& a, Run run) {
+  const bool dense = a.probability || a.label_smoothing != 0;
+  const auto with = [&](auto type) {
+    if (dense) return a.grad ? run(type, Flag<true>{}, Flag<true>{}) : run(type, Flag<true>{}, Flag<false>{});
+    return a.grad ? run(type, Flag<false>{}, Flag<true>{}) : run(type, Flag<false>{}, Flag<false>{});
+  };
+  return a.dtype == DType::f64 ? with(double{}) : with(float{});
+}
+
+static double softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  return for_options(a, [&](auto type, auto dense, auto grad) {
+    return softmax_rows_range<decltype(type), dense.value, grad.value>(a, begin, end);
+  });
+}
+
+static double softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  return for_options(a, [&](auto type, auto dense, auto grad) {
+    return softmax_columns_range<decltype(type), dense.value, grad.value>(a, begin, end);
+  });
+}

@@ -1,0 +1,130 @@
+// exp, log and their relatives on vectors. Included inside each level's namespace, after simd.h.
+// Series whose coefficients are exact (1/k!, 2/(2k+1)) are spelled so; errors in ulp are stated in
+// docs/accuracy.md and held by tests/test_vector_math.py.
+
+// p(x) = c[n-1] x^(n-1) + ... + c[1] x + c[0]
+template <class V, int n>
+FL_FN V polynomial(const typename Lanes<V>::Scalar (&c)[n], V x) {
+  V p = broadcast<V>(c[n - 1]);
+#pragma GCC unroll 16
+  for (int i = n - 2; i >= 0; --i) p = p * x + c[i];
+  return p;
+}
+
+// x * 2^n, rounded once, for the n an exponential needs: 2^n itself may not be a normal number.
+template <class V>
+FL_FN V times_power_of_two(V x, typename Lanes<V>::Int n) {
+  using L = Lanes<V>;
+  using I = typename L::Int;
+  const I half = n >> 1;
+  const V a = bits<V>((half + L::exponent_bias) << L::mantissa_bits);
+  const V b = bits<V>((n - half + L::exponent_bias) << L::mantissa_bits);
+  return x * a * b;
+}
+
+template <class V>
+struct ExpConstants;
+template <>
+struct ExpConstants<vf> {
+  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
+  static constexpr float low = -104.0f, high = 89.0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // the high part times n is exact
+  static constexpr float series[] = {1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
+};
+template <>
+struct ExpConstants<vd> {
+  static constexpr double round = 6755399441055744.0;
+  static constexpr double low = -746.0, high = 710.0;
+  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double series[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                      1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                      1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+};
+
+// x = n ln 2 + r with |r| <= ln 2 / 2
+template <class V>
+struct ReducedExp {
+  V r;
+  typename Lanes<V>::Int n;
+};
+template <class V>
+FL_FN ReducedExp<V> reduce_exp(V x) {
+  using C = ExpConstants<V>;
+  using I = typename Lanes<V>::Int;
+  x = at_most(at_least(x, broadcast<V>(C::low)), broadcast<V>(C::high));
+  const V shifted = x * static_cast<typename Lanes<V>::Scalar>(1.44269504088896340736) + C::round;
+  const V n = shifted - C::round;
+  return {(x - n * C::ln2_high) - n * C::ln2_low, bits<I>(shifted) - bits<I>(broadcast<V>(C::round))};
+}
+
+template <class V>
+FL_FN V exp(V x) {
+  const auto [r, n] = reduce_exp(x);
+  const V p = polynomial(ExpConstants<V>::series, r) * (r * r) + r + 1;
+  return times_power_of_two(p, n);
+}
+
+template <class V>
+struct LogConstants;
+template <>
+struct LogConstants<vf> {
+  static constexpr float smallest_normal = 1.17549435e-38f, two_mantissa = 8388608.0f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float series[] = {2.f / 3, 2.f / 5, 2.f / 7, 2.f / 9};
+};
+template <>
+struct LogConstants<vd> {
+  static constexpr double smallest_normal = 2.2250738585072014e-308, two_mantissa = 4503599627370496.0;
+  static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double series[] = {2. / 3,  2. / 5,  2. / 7,  2. / 9,  2. / 11,
+                                      2. / 13, 2. / 15, 2. / 17, 2. / 19, 2. / 21};
+};
+
+// log(2^k (1 + f) + correction), 1 + f in [sqrt(1/2), sqrt(2)): with s = f / (2 + f),
+// log(1 + f) = 2 atanh(s) = f - f^2/2 + s (f^2/2 + s^2 (2/3 + 2/5 s^2 + ...)).
+template <class V>
+FL_CALL V log_with_correction(V x, V correction) {
+  using C = LogConstants<V>;
+  using L = Lanes<V>;
+  using I = typename L::Int;
+  using S = typename L::Scalar;
+  const I subnormal = x < C::smallest_normal;
+  const V normal = select<V>(subnormal, x * C::two_mantissa, x);
+  const I sqrt_half = bits<I>(broadcast<V>(static_cast<S>(0.70710678118654752440)));
+  const I k = (bits<I>(normal) - sqrt_half) >> L::mantissa_bits;
+  const V f = bits<V>(bits<I>(normal) - (k << L::mantissa_bits)) - 1;
+  const V exponent = __builtin_convertvector(k, V) - select<V>(subnormal, broadcast<V>(L::mantissa_bits), V{});
+  const V s = f / (2 + f), z = s * s, half_square = f * f * static_cast<S>(0.5);
+  const V tail = s * (half_square + polynomial(C::series, z) * z) + (exponent * C::ln2_low + correction / x);
+  const V value = exponent * C::ln2_high + (f - (half_square - tail));
+  // log(0) = -inf, log(inf) = inf, log(negative) = log(NaN) = NaN
+  const V infinity = broadcast<V>(__builtin_inf());
+  const V edge = select<V>(x == 0, -infinity, select<V>(x == infinity, infinity, broadcast<V>(__builtin_nan(""))));
+  return select<V>((x > 0) & (x < infinity), value, edge);
+}
+template <class V>
+FL_FN V log(V x) {
+  return log_with_correction(x, V{});
+}
+// log(1 + x): what rounding lost in 1 + x comes back as a correction.
+template <class V>
+FL_FN V log1p(V x) {
+  const V u = 1 + x;
+  return log_with_correction(u, select<V>(u < broadcast<V>(__builtin_inf()), x - (u - 1), V{}));
+}
+
+// log1p(e) for e in [0, 1], where softplus needs it and no division is wanted: a minimax fit of log1p(e) / e,
+// off by at most 5.3e-9 (mpmath.chebyfit with 10 coefficients).
+FL_FN vf log1p_unit(vf e) {
+  static constexpr float c[] = {0.9999999947f, -0.4999989265f, 0.333297105f, -0.2495161626f, 0.1966327426f, -0.1526966707f, 0.105436238f, -0.05637361283f, 0.01954252726f, -0.003176057018f};
+  return e * polynomial(c, e);
+}
+FL_FN vd log1p_unit(vd e) { return log1p(e); }
+
+// x^y for x >= 0. A float goes through double: the error of log(x) is multiplied by y log(x).
+FL_CALL vd power(vd x, double y) {
+  return select<vd>(x == 0, y == 0 ? vd{} + 1 : vd{}, exp(log(x) * y));
+}
+FL_CALL vf power(vf x, double y) {
+  return join(power(__builtin_convertvector(low_half(x), vd), y), power(__builtin_convertvector(high_half(x), vd), y));
+}

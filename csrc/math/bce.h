@@ -1,0 +1,26 @@
+// Binary cross entropy, on logits and on probabilities.
+
+//   value = (1 - t) softplus(x) + pw t softplus(-x)
+//   grad  = (1 - t) s - pw t (1 - s)
+// torch writes the value as (1 - t) x + (1 + (pw - 1) t) softplus(-x), whose two terms cancel where x is far
+// below zero and t = 0, which is where a detector's background lives. Here both terms have the same sign.
+struct BceWithLogits {
+  template <class V, class Params>
+  static FL_INLINE ValueGrad<V> apply(V x, V t, V pos_weight, const Params&) {
+    const auto [s, q, softplus, softplus_minus] = sigmoid(x);
+    const V negative = 1 - t, positive = pos_weight * t;
+    return {negative * softplus + positive * softplus_minus, negative * s - positive * q};
+  }
+};
+
+//   value = -t max(log p, -100) - (1 - t) max(log(1 - p), -100)
+//   grad  = (p - t) / max(p (1 - p), 1e-12)
+// The clamps are torch's: they keep value and gradient finite at p = 0 and p = 1.
+struct Bce {
+  template <class V, class Params>
+  static FL_INLINE ValueGrad<V> apply(V p, V t, V, const Params&) {
+    const V floor = broadcast<V>(-100);
+    const V value = (t - 1) * at_least(log1p(-p), floor) - t * at_least(log(p), floor);
+    return {value, (p - t) / at_least((1 - p) * p, broadcast<V>(1e-12))};
+  }
+};

@@ -1,0 +1,110 @@
+#include "torch/tensors.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <numeric>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace fused_losses {
+
+using torch::headeronly::ScalarType;
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " has dtype ", torch::headeronly::toString(tensor.scalar_type()),
+                  "; expected float32, float64, bfloat16 or float16");
+  return DType::f32;
+}
+
+// A large gradient is new memory on every step, and its page faults cost more than the arithmetic: huge pages are
+// one fault for 512.
+static void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2u << 20;
+  if (bytes < 2 * page) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
+  int32_t dtype, device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, device_type, device_index, &handle));
+  Tensor tensor(handle);
+  advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
+Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return empty(sizes, strides, like);
+}
+
+Tensor empty_in_order(const Tensor& like) {
+  const auto size = like.sizes(), stride = like.strides();
+  const std::vector<int64_t> sizes(size.begin(), size.end());
+  std::vector<int> order(sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  // Fastest last; broadcast dimensions have stride 0 and no order of their own: they stay where they are.
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return stride[a] != 0 && stride[b] != 0 && sizes[a] > 1 && sizes[b] > 1 && stride[a] > stride[b];
+  });
+  std::vector<int64_t> strides(sizes.size());
+  int64_t next = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = next;
+    next *= std::max<int64_t>(sizes[order[i]], 1);
+  }
+  return empty(sizes, strides, like);
+}
+
+Tensor scalar(double value, const Tensor& like) {
+  const Tensor result = empty({}, {}, like);
+  void* data = result.data_ptr();
+  switch (dtype_of(like, "input")) {
+    case DType::f64: *static_cast<double*>(data) = value; break;
+    case DType::f32: *static_cast<float*>(data) = static_cast<float>(value); break;
+    case DType::bf16:
+      *static_cast<torch::headeronly::BFloat16*>(data) = torch::headeronly::BFloat16(static_cast<float>(value));
+      break;
+    case DType::f16:
+      *static_cast<torch::headeronly::Half*>(data) = torch::headeronly::Half(static_cast<float>(value));
+      break;
+  }
+  return result;
+}
+
+double read_scalar(const Tensor& tensor) {
+  const void* data = tensor.data_ptr();
+  switch (dtype_of(tensor, "upstream")) {
+    case DType::f64: return *static_cast<const double*>(data);
+    case DType::bf16: return *static_cast<const torch::headeronly::BFloat16*>(data);
+    case DType::f16: return *static_cast<const torch::headeronly::Half*>(data);
+    case DType::f32: break;
+  }
+  return *static_cast<const float*>(data);
+}
+
+}  // namespace fused_losses

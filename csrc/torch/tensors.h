@@ -1,0 +1,45 @@
+// Between torch's tensors and the torch-free kernels. The LibTorch stable ABI only.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fused_losses {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+DType dtype_of(const Tensor& tensor, const char* name);
+
+// A new tensor, uninitialised.
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like);
+Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like);
+// Dense, with the dimensions in `like`'s order of memory: its own strides where it is dense itself.
+Tensor empty_in_order(const Tensor& like);
+Tensor scalar(double value, const Tensor& like);
+
+double read_scalar(const Tensor& tensor);  // a tensor of one element, on the CPU
+
+// f(begin, end) over fixed chunks of [0, count), summed in their order: the result depends neither on the number of
+// threads nor on chance.
+template <class F>
+double parallel_sum(int64_t count, int64_t chunk, const F& f) {
+  const int64_t chunks = (count + chunk - 1) / chunk;
+  if (chunks <= 1) return count > 0 ? f(int64_t{0}, count) : 0.0;
+  std::vector<double> partial(chunks);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      partial[i] = f(i * chunk, (i + 1) * chunk < count ? (i + 1) * chunk : count);
+  });
+  double sum = 0;
+  for (double value : partial) sum += value;
+  return sum;
+}
+
+}  // namespace fused_losses

@@ -1,0 +1,19 @@
+"""Loss functions with fused forward and backward kernels, in the places of torch.nn's."""
+
+from __future__ import annotations
+
+from . import functional
+from .bce import BCELoss, BCEWithLogitsLoss
+from .cross_entropy import CrossEntropyLoss
+from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+
+__version__ = "0.1.0"
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "SigmoidFocalLoss",
+    "SoftmaxFocalLoss",
+    "functional",
+]

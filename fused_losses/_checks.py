@@ -1,0 +1,115 @@
+"""What the losses ask of their arguments before a kernel sees them.
+
+Two questions, apart: `reachable` says whether the kernels serve these tensors at all; if not, torch's own
+function does. A check then names what is wrong with a call; torch's function decides whether that is an error
+and of which type, the message is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import _reduction as torch_reduction
+
+NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
+REDUCTION_NAMES = ("none", "mean", "sum")
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_TENSOR_TYPES = frozenset({Tensor, Parameter})
+_MAX_DIMS = 12  # csrc/cpu/kernels.h
+
+
+def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is None and reduce is None:
+        return reduction
+    return torch_reduction.legacy_get_string(size_average, reduce)
+
+
+def reduction_code(reduction: str) -> int:
+    if reduction not in REDUCTION_NAMES:
+        raise ValueError(f"reduction is {reduction!r}; expected 'none', 'mean' or 'sum'")
+    return REDUCTION_NAMES.index(reduction)
+
+
+def require_tensors(function: str, **arguments: Any) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{function}(): {name} is {argument!r}; expected a Tensor, not {type(argument).__name__}")
+
+
+def reachable(input: Tensor, *others: Tensor | None) -> bool:
+    """Whether a kernel exists for the input, and the other tensors are constants beside it."""
+    if (
+        type(input) not in _TENSOR_TYPES
+        or not input.is_cpu
+        or input.dtype not in DTYPES
+        or input.layout is not torch.strided
+        or input.dim() > _MAX_DIMS
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    for other in others:
+        if other is not None and (
+            type(other) not in _TENSOR_TYPES
+            or not other.is_cpu
+            or other.requires_grad
+            or other.layout is not torch.strided
+        ):
+            return False
+    return True
+
+
+def ask_torch(problem: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """torch's result, where torch has no objection; its type of error with `problem` for a message, where it has."""
+    try:
+        return function(*args)
+    except Exception as error:
+        raise type(error)(problem) from None
+
+
+def compute_weight(weight: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight for each class, [C], as the kernels read it: contiguous, float32 beside float16 and bfloat16."""
+    if weight is None:
+        return None
+    wide = torch.float64 if input.dtype is torch.float64 else torch.float32
+    return weight.to(wide).contiguous()
+
+
+def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    lead = len(to) - len(shape)
+    return lead >= 0 and all(size in (1, wanted) for size, wanted in zip(shape, to[lead:], strict=True))
+
+
+def elementwise_problem(input: Tensor, **others: Tensor | None) -> str | None:
+    """What keeps an element-wise kernel from this call, in words for the user. A target has the input's shape,
+    the others broadcast to it."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        if other.shape != input.shape:
+            if name.startswith("target"):
+                return f"{name} has {shape_of(other)}; expected the input's, {tuple(input.shape)}"
+            if not broadcasts(other.shape, input.shape):
+                return f"{name} has {shape_of(other)}, which does not broadcast to the input's, {tuple(input.shape)}"
+        if other.dtype != input.dtype:
+            return f"{name} has dtype {other.dtype}; expected the input's, {input.dtype}"
+    return None
+
+
+def index_problem(input: Tensor, target: Tensor) -> str | None:
+    """What is wrong with logits and class indices, in words for the user."""
+    shape, dims = tuple(input.shape), input.dim()
+    if dims == 0 or shape[min(dims - 1, 1)] == 0:
+        return f"input has shape {shape}; expected (C), (N, C) or (N, C, d1, ...) with C > 0"
+    expected = (*shape[:1], *shape[2:]) if dims > 1 else ()
+    if tuple(target.shape) != expected:
+        return f"target has {shape_of(target)}; an input of shape {shape} takes class indices of shape {expected}"
+    if target.dtype not in (torch.int64, torch.uint8):
+        return f"target has dtype {target.dtype}; class indices are torch.int64 or torch.uint8"
+    return None

@@ -1,0 +1,182 @@
+"""Binary cross entropy, on logits and on probabilities: torch's functions and criteria, fused."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from ._autograd import evaluate
+from ._ops import LossOps
+
+
+def _with_logits_reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    alpha_positive: float,
+    alpha_negative: float,
+    gamma: float,
+    reduction: int,
+) -> Tensor:
+    name = _checks.REDUCTION_NAMES[reduction]
+    return reference.binary_cross_entropy_with_logits(input, target, weight, pos_weight, name)
+
+
+def _reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    alpha_positive: float,
+    alpha_negative: float,
+    gamma: float,
+    reduction: int,
+) -> Tensor:
+    return reference.binary_cross_entropy(input, target, weight, _checks.REDUCTION_NAMES[reduction])
+
+
+_WITH_LOGITS = LossOps.of("bce_with_logits", _with_logits_reference)
+_OPS = LossOps.of("bce", _reference)
+_NOT_FOCAL = (1.0, 1.0, 0.0)  # alpha_positive, alpha_negative, gamma: every element-wise op takes them
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    *,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Binary cross entropy of sigmoid(input).
+
+    ::
+
+        loss = weight [(1 - t) softplus(x) + pos_weight t softplus(-x)],    softplus(x) = log(1 + exp(x))
+        grad = weight [(1 - t) s - pos_weight t (1 - s)],                   s = sigmoid(x)
+
+    Neither form cancels, whatever the logit: in float32 torch's own is 4 % off at x = -11.5, t = 0.
+
+    Equivalent to::
+
+        s = torch.sigmoid(input)
+        loss = -weight * (pos_weight * target * s.log() + (1 - target) * (1 - s).log())
+        loss = loss.mean()
+
+    Args:
+        input: logits, (*); float32, float64, bfloat16 or float16, any strides.
+        target: probabilities of the positive class, the input's shape.
+        weight: a factor for each element; broadcasts to the input's shape.
+        pos_weight: a factor for each positive target; broadcasts to the input's shape.
+        size_average, reduce: deprecated in torch; they override `reduction` as they do there.
+        inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
+            not be used after this call; autograd raises if they are.
+
+    Returns:
+        The input's shape for "none", else (), in the input's dtype.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: where torch's function raises them.
+    """
+    reduction = _checks.reduction_name(size_average, reduce, reduction)
+    _checks.require_tensors("binary_cross_entropy_with_logits", input=input, target=target)
+    code = _checks.reduction_code(reduction)
+    torch_args = (input, target, weight, None, None, reduction, pos_weight)
+    if not _checks.reachable(input, target, weight, pos_weight):
+        return torch.nn.functional.binary_cross_entropy_with_logits(*torch_args)
+    problem = _checks.elementwise_problem(input, target=target, weight=weight, pos_weight=pos_weight)
+    if problem is not None:
+        function = torch.nn.functional.binary_cross_entropy_with_logits
+        return _checks.ask_torch(problem, function, *torch_args)
+    stored = code != _checks.NONE and input.dtype != torch.float16
+    args = (input, target, weight, pos_weight, *_NOT_FOCAL, code)
+    return evaluate(_WITH_LOGITS, inplace_backward, stored, *args)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary cross entropy of probabilities.
+
+    ::
+
+        loss = -weight [t max(log p, -100) + (1 - t) max(log(1 - p), -100)]
+        grad =  weight (p - t) / max(p (1 - p), 1e-12)
+
+    The clamps are torch's. Where the probabilities come from a sigmoid, `binary_cross_entropy_with_logits`
+    on its logits is faster and keeps the digits that p loses near 1.
+
+    Equivalent to::
+
+        positive = target * input.log().clamp_min(-100)
+        negative = (1 - target) * (-input).log1p().clamp_min(-100)
+        loss = -(weight * (positive + negative)).mean()
+
+    Args:
+        input: probabilities in [0, 1], (*); float32, float64, bfloat16 or float16, any strides.
+        target: the input's shape and dtype.
+        weight: a factor for each element; broadcasts to the input's shape.
+        size_average, reduce: deprecated in torch; they override `reduction` as they do there.
+
+    Returns:
+        The input's shape for "none", else (), in the input's dtype.
+
+    Raises:
+        RuntimeError: an input outside [0, 1].
+        ValueError, RuntimeError, TypeError: elsewhere as torch's function.
+    """
+    reduction = _checks.reduction_name(size_average, reduce, reduction)
+    _checks.require_tensors("binary_cross_entropy", input=input, target=target)
+    code = _checks.reduction_code(reduction)
+    torch_args = (input, target, weight, None, None, reduction)
+    if not _checks.reachable(input, target, weight):
+        return torch.nn.functional.binary_cross_entropy(*torch_args)
+    problem = _checks.elementwise_problem(input, target=target, weight=weight)
+    if problem is not None:
+        return _checks.ask_torch(problem, torch.nn.functional.binary_cross_entropy, *torch_args)
+    stored = code != _checks.NONE and input.dtype != torch.float16
+    return evaluate(_OPS, False, stored, input, target, weight, None, *_NOT_FOCAL, code)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """`torch.nn.BCEWithLogitsLoss`, fused: see `fused_losses.functional.binary_cross_entropy_with_logits`."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        pos_weight: Tensor | None = None,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.inplace_backward = inplace_backward
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            reduction=self.reduction,
+            pos_weight=self.pos_weight,
+            inplace_backward=self.inplace_backward,
+        )
+
+
+class BCELoss(torch.nn.BCELoss):
+    """`torch.nn.BCELoss`, fused: see `fused_losses.functional.binary_cross_entropy`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return binary_cross_entropy(input, target, self.weight, reduction=self.reduction)
