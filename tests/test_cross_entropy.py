@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as torch_functional
+from accuracy import (
+    CLASSES,
+    DTYPES,
+    KINDS,
+    LOW_DTYPES,
+    REDUCTIONS,
+    arrange,
+    assert_accurate,
+    draw,
+    layouts_of,
+    ulps,
+)
+from torch import Tensor
+
+import fused_losses.functional as F
+
+SHAPES = [(5,), (7, 33), (7, 33, 5), (3, 17, 4, 6)]
+
+
+def check(logits: Tensor, target: Tensor, **options: Any) -> None:
+    assert_accurate(
+        F.cross_entropy,
+        torch_functional.cross_entropy,
+        logits,
+        cancels=target.is_floating_point() or bool(options.get("label_smoothing")),
+        target=target,
+        **options,
+    )
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    class_dim = min(1, logits.dim() - 1)
+    return torch.randn(logits.shape).softmax(class_dim).to(logits.dtype)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_class_counts(classes: int, dtype: torch.dtype, reduction: str) -> None:
+    rows = max(5, min(129, 33_000 // classes))
+    logits, index = draw((rows, classes), "ordinary", dtype)
+    check(logits, index, reduction=reduction)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_confident_and_extreme_logits(
+    kind: str, dtype: torch.dtype, reduction: str, smoothing: float
+) -> None:
+    logits, index = draw((33, 1000), kind, dtype)
+    check(logits, index, reduction=reduction, label_smoothing=smoothing)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "target", ["index", "ignored -100", "ignored class", "all of a class", "probability"]
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_options(weighted: bool, smoothing: float, target: str, dtype: torch.dtype, reduction: str) -> None:
+    logits, index = draw((65, 33), "ordinary", dtype)
+    options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": reduction}
+    if weighted:
+        options["weight"] = (torch.rand(33) + 0.1).to(dtype)
+        options["weight"][::7] = 0
+    if target == "ignored -100":
+        index[::3] = -100
+    elif target == "ignored class":
+        options["ignore_index"] = 4
+        index[::3] = 4
+    elif target == "all of a class":
+        index[:] = 5
+    check(logits, probabilities(logits) if target == "probability" else index, **options)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", ["index", "probability"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(
+    shape: tuple[int, ...], weighted: bool, target: str, dtype: torch.dtype, reduction: str
+) -> None:
+    logits, index = draw(shape, "ordinary", dtype)
+    weight = (torch.rand(logits.shape[min(1, logits.dim() - 1)]) + 0.1).to(dtype) if weighted else None
+    check(
+        logits,
+        index if target == "index" else probabilities(logits),
+        reduction=reduction,
+        weight=weight,
+        label_smoothing=0.1,
+    )
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", ["index", "probability"])
+@pytest.mark.parametrize(("shape", "layout"), layouts_of(*SHAPES, (85, 80)))
+def test_layouts(
+    shape: tuple[int, ...], layout: str, target: str, dtype: torch.dtype, reduction: str
+) -> None:
+    logits, index = draw(shape, "ordinary", dtype)
+    logits = arrange(logits, layout)
+    if target == "index":
+        index = arrange(index.double(), layout).long() if layout == "expanded" else index
+        index = index.t().contiguous().t() if layout == "transposed" and index.dim() == 2 else index
+        check(logits, index, reduction=reduction)
+    else:
+        check(logits, arrange(probabilities(logits), layout), reduction=reduction)
+
+
+def test_strided_class_indices() -> None:
+    logits, index = draw((50, 17), "ordinary", torch.float32)
+    strided = torch.stack([index, torch.full_like(index, 99)], 1)[:, 0]
+    assert F.cross_entropy(logits, strided) == F.cross_entropy(logits, index)
+    assert F.cross_entropy(logits, index[:1].expand(50)) == F.cross_entropy(logits, index[:1].repeat(50))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_gradients_of_soft_targets_and_weight(
+    dtype: torch.dtype, reduction: str, smoothing: float, weighted: bool
+) -> None:
+    logits, _ = draw((33, 17), "ordinary", dtype)
+    weight = torch.rand(17).to(dtype).requires_grad_() if weighted else None
+    check(
+        logits,
+        probabilities(logits).requires_grad_(),
+        weight=weight,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("shape", [(6,), (9, 33), (9, 33, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_rows_have_zero_gradient_whatever_they_hold(
+    smoothing: float, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    logits, index = draw(shape, "ordinary", dtype)
+    if len(shape) == 1:
+        ignored: Tensor = torch.tensor(True)
+    else:
+        ignored = torch.arange(index.numel()).reshape(index.shape) % 3 == 0
+    index = index.masked_fill(ignored, -100)
+    class_dim = min(1, len(shape) - 1)
+    ignored_logits = ignored.unsqueeze(class_dim).expand(shape)
+    poison = torch.tensor([math.inf, -math.inf, math.nan]).to(dtype).repeat(math.prod(shape))
+    dirty = logits.where(~ignored_logits, poison[: logits.numel()].view(shape)).requires_grad_()
+    clean = logits.clone().requires_grad_()
+    for reduction in REDUCTIONS:
+        loss = F.cross_entropy(dirty, index, reduction=reduction, label_smoothing=smoothing)
+        expected = F.cross_entropy(clean, index, reduction=reduction, label_smoothing=smoothing)
+        assert torch.equal(loss.nan_to_num(7), expected.nan_to_num(7))
+        (gradient,) = torch.autograd.grad(loss.sum(), dirty)
+        assert (gradient[ignored_logits] == 0).all()
+        if not ignored.all():
+            (expected_gradient,) = torch.autograd.grad(expected.sum(), clean)
+            assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_all_rows_ignored(weighted: bool, smoothing: float, dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 7).to(dtype).requires_grad_()
+    index = torch.full((5,), 3)
+    weight = torch.rand(7).to(dtype) if weighted else None
+
+    def loss(reduction: str) -> Tensor:
+        return F.cross_entropy(
+            logits, index, weight, ignore_index=3, reduction=reduction, label_smoothing=smoothing
+        )
+
+    assert loss("mean").isnan()
+    assert loss("sum") == 0
+    assert (loss("none") == 0).all()
+    (gradient,) = torch.autograd.grad(loss("sum"), logits)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_that_sum_to_zero(reduction: str) -> None:
+    logits, index = draw((5, 7), "ordinary", torch.float32)
+    arguments: dict[str, Any] = {"target": index, "weight": torch.zeros(7), "reduction": reduction}
+    torch.testing.assert_close(
+        F.cross_entropy(logits, **arguments),
+        torch_functional.cross_entropy(logits, **arguments),
+        equal_nan=True,
+    )
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [5, 64, 1000])
+@pytest.mark.parametrize("target", ["index", "probability"])
+@pytest.mark.parametrize(
+    "poison", [[math.nan], [math.inf], [math.inf, math.inf], [-math.inf], [math.inf, -math.inf], "all -inf"]
+)
+def test_rows_with_nan_and_infinity(poison: Any, target: str, classes: int, dtype: torch.dtype) -> None:
+    """nan and infinity come out where torch has them, and stay in their row."""
+    logits, index = draw((9, classes), "ordinary", dtype)
+    for row in (2, 7):
+        if poison == "all -inf":
+            logits[row] = -math.inf
+        for column, value in enumerate(poison if isinstance(poison, list) else []):
+            logits[row, (row * 31 + column) % classes] = value
+        if row == 7:
+            index[row] = (row * 31) % classes
+    goal = index if target == "index" else probabilities(logits)
+    results = []
+    for cross_entropy in (F.cross_entropy, torch_functional.cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        loss = cross_entropy(leaf, goal, reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        results.append((loss.detach(), gradient))
+    (loss, gradient), (their_loss, their_gradient) = results
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3}.get(dtype, 1e-5)
+    torch.testing.assert_close(loss, their_loss, equal_nan=True, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, their_gradient, equal_nan=True, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("target", ["index", "probability"])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5, 0), (0, 5, 4), (0, 0), (2, 3, 0, 7)])
+def test_zero_size(shape: tuple[int, ...], target: str, reduction: str) -> None:
+    logits = torch.zeros(shape, requires_grad=True)
+    goal = torch.zeros(shape) if target == "probability" else torch.zeros(shape[:1] + shape[2:]).long()
+    loss = F.cross_entropy(logits, goal, reduction=reduction)
+    expected = torch_functional.cross_entropy(logits, goal, reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert gradient.shape == logits.shape
+
+
+def test_no_classes_and_probabilities() -> None:
+    logits = torch.zeros(3, 0)
+    for reduction in REDUCTIONS:
+        torch.testing.assert_close(
+            F.cross_entropy(logits, logits, reduction=reduction),
+            torch_functional.cross_entropy(logits, logits, reduction=reduction),
+            equal_nan=True,
+        )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_uint8_class_indices(reduction: str) -> None:
+    logits, index = draw((50, 200), "ordinary", torch.float32)
+    index[0], index[1] = 199, 128
+    check(logits, index.to(torch.uint8), reduction=reduction)
+    assert torch.equal(
+        F.cross_entropy(logits, index.to(torch.uint8), reduction=reduction),
+        F.cross_entropy(logits, index, reduction=reduction),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_with_a_loss_scale(reduction: str) -> None:
+    """A gradient that is too small for fp16 until the loss scale multiplies it must not be rounded before."""
+    logits, index = draw((4096, 10), "ordinary", torch.float16)
+    scale = 32768.0 if reduction == "mean" else 1024.0
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    F.cross_entropy(leaf, index, reduction=reduction).backward(torch.tensor(scale).half())
+    (torch_functional.cross_entropy(exact, index, reduction=reduction) * scale).backward()
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    assert ulps(leaf.grad, exact.grad, torch.float16).max() <= 1
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+@pytest.mark.parametrize("margin", [3, 7, 12, 15])
+def test_confident_gradients_keep_their_digits(margin: float, dtype: torch.dtype) -> None:
+    """1 subtracted from a rounded p_y costs the gradient all of its digits at the target."""
+    logits = (torch.randn(40, 64) * 0.1).to(dtype)
+    index = torch.randint(64, (40,))
+    logits[torch.arange(40), index] = margin
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    F.cross_entropy(leaf, index, reduction="none").sum().backward()
+    torch_functional.cross_entropy(exact, index, reduction="none").sum().backward()
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    assert ulps(leaf.grad, exact.grad, dtype).max() <= 4
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_sum_over_many_rows(dtype: torch.dtype) -> None:
+    """The error of the sum does not grow with the number of rows."""
+    logits, index = draw((200_001, 3), "ordinary", dtype)
+    for reduction in ("mean", "sum"):
+        exact = torch_functional.cross_entropy(logits.double(), index, reduction=reduction)
+        assert ulps(F.cross_entropy(logits, index, reduction=reduction), exact, dtype) <= 1
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast(reduction: str) -> None:
+    layer = torch.nn.Linear(8, 5)
+    data, index = torch.randn(16, 8), torch.randint(5, (16,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = F.cross_entropy(layer(data), index, reduction=reduction)
+        theirs = torch_functional.cross_entropy(layer(data), index, reduction=reduction)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target_dtype", "weight_dtype"), [(torch.float64, None), (torch.float32, torch.float64)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mixed_dtypes_as_torch(dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: Any) -> None:
+    logits = torch.randn(5, 7).to(dtype)
+    target = probabilities(logits).to(target_dtype)
+    weight = torch.rand(7, dtype=weight_dtype) if weight_dtype else None
+    torch.testing.assert_close(
+        F.cross_entropy(logits, target, weight), torch_functional.cross_entropy(logits, target, weight)
+    )
