@@ -10,6 +10,7 @@ CXX, CXXFLAGS, LDFLAGS      the C++ compiler and more flags for it
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import re
@@ -255,11 +256,15 @@ class NinjaBuild(build_ext):
 
         folder = Path("build", str(sysconfig.get_config_var("SOABI")))
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
-        write_ninja(folder, torch, cxx, nvcc, architectures)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         ninja = [sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", "-j", jobs]
-        if subprocess.run(ninja, cwd=ROOT).returncode != 0:
-            fail("the build stopped at the error shown above.")
+        with (ROOT / folder / "lock").open("w") as lock:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX
+            )  # two at a time would compile everything twice and spoil ninja's log
+            write_ninja(folder, torch, cxx, nvcc, architectures)
+            if subprocess.run(ninja, cwd=ROOT).returncode != 0:
+                fail("the build stopped at the error shown above.")
 
         for extension in list(self.extensions):
             target = Path(self.get_ext_fullpath(extension.name))
