@@ -259,9 +259,7 @@ class NinjaBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         ninja = [sys.executable, "-m", "ninja", "-f", f"{folder}/build.ninja", "-j", jobs]
         with (ROOT / folder / "lock").open("w") as lock:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX
-            )  # two at a time would compile everything twice and spoil ninja's log
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would compile everything twice and spoil the log
             write_ninja(folder, torch, cxx, nvcc, architectures)
             if subprocess.run(ninja, cwd=ROOT).returncode != 0:
                 fail("the build stopped at the error shown above.")
