@@ -41,20 +41,24 @@ def assert_accurate(
     option that requires one, with a random upstream gradient.
     """
     dtype = logits.dtype
-    value, upstream, gradients = _differentiate(ours, logits, options, None)
-    their_value, _, their_gradients = _differentiate(theirs, logits, options, upstream)
-    exact_value, _, exact_gradients = _differentiate(
-        exact or theirs,
-        _upcast(logits),
-        {name: _upcast(option) for name, option in options.items()},
-        upstream,
-    )
-    _assert_no_worse("the loss", value, their_value, exact_value, dtype, torch.finfo(dtype).eps)
-    floor = 1.0 if cancels else torch.finfo(dtype).eps
-    for name, gradient in gradients.items():
-        _assert_no_worse(
-            f"the gradient by {name}", gradient, their_gradients[name], exact_gradients[name], dtype, floor
-        )
+    wide = {name: _upcast(option) for name, option in options.items()}
+    results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for trial in range(_trials(logits)):
+        if trial:
+            logits = logits * (1 - 0.05 * torch.rand_like(logits))
+        own, upstream = _differentiate(ours, logits, options, None)
+        torchs, _ = _differentiate(theirs, logits, options, upstream)
+        right, _ = _differentiate(exact or theirs, _upcast(logits), wide, upstream)
+        for name in own:
+            results.setdefault(name, []).append((own[name], torchs[name], right[name]))
+    for name, triples in results.items():
+        floor = 1.0 if cancels and name != "the loss" else torch.finfo(dtype).eps
+        _assert_no_worse(name, triples, dtype, floor)
+
+
+def _trials(logits: Tensor) -> int:
+    """How often to draw again: among few elements torch's largest error is a matter of luck."""
+    return max(1, min(8, 500 // max(logits.numel(), 1)))
 
 
 def ulps(result: Tensor, exact: Tensor, dtype: torch.dtype, floor: float | None = None) -> Tensor:
@@ -133,18 +137,21 @@ def layouts_of(*shapes: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
 
 def _differentiate(
     loss: Loss, logits: Tensor, options: dict[str, Any], upstream: Tensor | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    leaves = {"the logits": logits.detach().requires_grad_()}
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The loss and its gradients, by name, and the upstream gradient they were made with."""
+    leaves = {"logits": logits.detach().requires_grad_()}
     for name, option in options.items():
         if isinstance(option, Tensor) and option.requires_grad:
             leaves[name] = option.detach().requires_grad_()
-    value = loss(
-        leaves["the logits"], **(options | {name: leaf for name, leaf in leaves.items() if name in options})
-    )
+    given = options | {name: leaf for name, leaf in leaves.items() if name in options}
+    value = loss(leaves["logits"], **given)
     if upstream is None:
         upstream = torch.randn_like(value).detach()
     gradients = torch.autograd.grad(value, list(leaves.values()), upstream.to(value.dtype))
-    return value.detach(), upstream, dict(zip(leaves, gradients, strict=True))
+    results = {"the loss": value.detach()}
+    for name, gradient in zip(leaves, gradients, strict=True):
+        results[f"the gradient by {name}"] = gradient
+    return results, upstream
 
 
 def _upcast(option: Any) -> Any:
@@ -154,27 +161,29 @@ def _upcast(option: Any) -> Any:
 
 
 def _assert_no_worse(
-    what: str, ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, floor: float
+    what: str, triples: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, floor: float
 ) -> None:
-    assert ours.dtype == theirs.dtype, f"{what} is {ours.dtype}, torch's is {theirs.dtype}"
-    assert ours.shape == theirs.shape, f"{what} has shape {ours.shape}, torch's has {theirs.shape}"
-    if not ours.numel():
-        return
-    expected = exact.to(dtype)
-    wrong = expected.isfinite() & ~ours.isfinite() | (
-        expected.isinf() & (theirs == expected) & (ours != expected)
-    )
-    assert not wrong.any(), f"{what} is {ours[wrong][0]} where {exact[wrong][0]} is right"
-    if dtype == torch.float64:
-        # The exact value is torch's own here: the two may differ by what either rounds away.
+    """triples: ours, torch's and the exact one, for every draw of the logits."""
+    worst, allowed, message = 0.0, 1.0, ""
+    for ours, theirs, exact in triples:
+        assert ours.dtype == theirs.dtype, f"{what} is {ours.dtype}, torch's is {theirs.dtype}"
+        assert ours.shape == theirs.shape, f"{what} has shape {ours.shape}, torch's has {theirs.shape}"
+        if not ours.numel():
+            continue
+        expected = exact.to(dtype)
         finite = expected.isfinite()
-        largest = exact[finite].abs().max().item() if finite.any() else 0.0
-        torch.testing.assert_close(ours[finite], exact[finite], rtol=1e-12, atol=1e-13 * largest)
-        return
-    errors = ulps(ours, exact, dtype, floor)
-    allowed = ulps(theirs, exact, dtype, floor).where(theirs.isfinite(), 0).max() + 1
-    at = errors.argmax()
-    assert errors.max() <= allowed, (
-        f"{what} is {errors.max():.3g} ulp off, torch's at most {allowed - 1:.3g}: {ours.flatten()[at]} for "
-        f"{exact.flatten()[at]:.9g}, torch says {theirs.flatten()[at]}"
-    )
+        wrong = finite & ~ours.isfinite() | (expected.isinf() & (theirs == expected) & (ours != expected))
+        assert not wrong.any(), f"{what} is {ours[wrong][0]} where {exact[wrong][0]} is right"
+        if dtype == torch.float64:
+            # The exact value is torch's own here, with what it rounds away: log p of 0.999 has lost four digits.
+            largest = exact[finite].abs().max().item() if finite.any() else 0.0
+            torch.testing.assert_close(ours[finite], exact[finite], rtol=1e-11, atol=1e-13 * largest)
+            continue
+        errors = ulps(ours, exact, dtype, floor)
+        theirs_at_most = ulps(theirs, exact, dtype, floor).where(theirs.isfinite(), 0).max().item()
+        allowed = max(allowed, theirs_at_most + 1)
+        at = errors.argmax()
+        if errors.max().item() > worst:
+            worst = errors.max().item()
+            message = f"{ours.flatten()[at]} for {exact.flatten()[at]:.9g}, torch says {theirs.flatten()[at]}"
+    assert worst <= allowed, f"{what} is {worst:.3g} ulp off, torch's at most {allowed - 1:.3g}: {message}"

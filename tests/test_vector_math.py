@@ -1,0 +1,150 @@
+"""The vector functions at the level in use, in units in the last place (ulp) against mpmath."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mpmath
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fused_losses import _C
+
+Array = NDArray[np.floating]
+
+pytestmark = pytest.mark.every_level
+
+EXACT: dict[str, Callable[..., mpmath.mpf]] = {
+    "exp": mpmath.exp,
+    "log": mpmath.log,
+    "log1p": mpmath.log1p,
+    "log1p_unit": mpmath.log1p,
+    "sqrt": mpmath.sqrt,
+}
+
+# The largest errors allowed, in ulp.
+BOUNDS = [
+    ("exp", np.float32, 1.0),
+    ("exp", np.float64, 1.0),
+    ("log", np.float32, 1.0),
+    ("log", np.float64, 1.0),
+    ("log1p", np.float32, 1.0),
+    ("log1p", np.float64, 1.0),
+    ("log1p_unit", np.float32, 1.5),
+    ("log1p_unit", np.float64, 1.0),
+    ("sqrt", np.float32, 0.5),
+    ("sqrt", np.float64, 0.5),
+]
+
+
+def evaluate(name: str, x: Array, parameter: float = 0.0) -> Array:
+    y = np.full_like(x, np.nan)
+    _C.evaluate(name, x, y, parameter)
+    return y
+
+
+def points(name: str, dtype: type[np.floating]) -> Array:
+    """Where the losses use the function, the ends of the dtype's range and the neighbourhood of its zeros."""
+    random = np.random.default_rng(3)
+    info = np.finfo(dtype)
+    if name == "exp":
+        low, high = float(np.log(info.smallest_normal)), float(np.log(info.max))
+        x = np.concatenate(
+            [
+                random.uniform(low, high, 3000),
+                random.uniform(-1, 1, 1000),
+                random.normal(0, 1e-5, 200),
+                [0, -0.0],
+            ]
+        )
+    elif name == "log1p_unit":
+        x = np.concatenate([random.uniform(0, 1, 3000), 10.0 ** random.uniform(-30, 0, 1000), [0, 1, 0.5]])
+    elif name == "log1p":
+        x = np.concatenate(
+            [
+                random.uniform(-1 + 1e-6, 2, 2000),
+                10.0 ** random.uniform(-30, 30, 2000),
+                -(10.0 ** random.uniform(-30, -1, 1000)),
+                [0, 1],
+            ]
+        )
+    else:
+        exponents = random.uniform(np.log2(info.smallest_normal), np.log2(info.max) - 1e-6, 3000)
+        x = np.concatenate(
+            [2.0**exponents, random.uniform(0.5, 2, 2000), 1 + random.normal(0, 1e-4, 500), [1]]
+        )
+    return x.astype(dtype)
+
+
+def largest_error(y: Array, exact: list[mpmath.mpf]) -> tuple[float, int]:
+    """In ulp, and where."""
+    info = np.finfo(y.dtype)
+    smallest = mpmath.mpf(float(info.smallest_subnormal))
+    errors = []
+    for value, right in zip(y.tolist(), exact, strict=True):
+        _, exponent = mpmath.frexp(right)
+        ulp = max(mpmath.ldexp(1, exponent - info.nmant - 1), smallest)
+        errors.append(float(abs(mpmath.mpf(value) - right) / ulp))
+    worst = int(np.argmax(errors))
+    return errors[worst], worst
+
+
+@pytest.mark.parametrize(("name", "dtype", "bound"), BOUNDS)
+def test_error(name: str, dtype: type[np.floating], bound: float) -> None:
+    x = points(name, dtype)
+    y = evaluate(name, x)
+    with mpmath.workdps(40):
+        error, at = largest_error(y, [EXACT[name](value) for value in x.tolist()])
+    assert error <= bound, f"{name}({x[at]!r}) = {y[at]!r} is {error:.2f} ulp off"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("power", [0.0, 0.01, 0.5, 1.0, 1.5, 2.7, 5.0])
+def test_error_of_powers(power: float, dtype: type[np.floating]) -> None:
+    """A float goes through double; in double the error grows with the exponent of the result."""
+    random = np.random.default_rng(4)
+    x = np.concatenate([10.0 ** random.uniform(-7, 0, 1500), random.uniform(0, 1, 1500), [1.0]]).astype(dtype)
+    y = evaluate("pow", x, power)
+    with mpmath.workdps(40):
+        error, at = largest_error(y, [mpmath.mpf(value) ** mpmath.mpf(power) for value in x.tolist()])
+    bound = 0.51 if dtype == np.float32 else 2 + 32 * power
+    assert error <= bound, f"{x[at]!r} ** {power} = {y[at]!r} is {error:.2f} ulp off"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_special_values(dtype: type[np.floating]) -> None:
+    tiny = float(np.finfo(dtype).smallest_subnormal)
+    inf, nan = math.inf, math.nan
+    table = {
+        "exp": {0.0: 1.0, -inf: 0.0, inf: inf, nan: nan, -1e4: 0.0, 1e4: inf},
+        "log": {1.0: 0.0, 0.0: -inf, inf: inf, -1.0: nan, nan: nan, tiny: math.log(tiny)},
+        "log1p": {0.0: 0.0, -1.0: -inf, inf: inf, -2.0: nan, nan: nan, tiny: tiny},
+        "log1p_unit": {0.0: 0.0, tiny: tiny, nan: nan},
+        "sqrt": {0.0: 0.0, 1.0: 1.0, inf: inf, nan: nan, -1.0: nan},
+    }
+    for name, values in table.items():
+        y = evaluate(name, np.array(list(values), dtype))
+        np.testing.assert_allclose(y, list(values.values()), rtol=1e-6, err_msg=name)
+    assert evaluate("pow", np.array([0.0, 1.0], dtype), 0.0).tolist() == [1.0, 1.0]
+    assert evaluate("pow", np.array([0.0, 1.0], dtype), 0.5).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 33])
+def test_every_length(count: int) -> None:
+    """The tail of a loop is the body's result, bit for bit, and nothing is written behind it."""
+    for dtype in (np.float32, np.float64):
+        x = np.linspace(-3, 3, 64).astype(dtype)
+        y = np.full_like(x, 7)
+        _C.evaluate("exp", x[:count], y[:count], 0.0)
+        assert (y[:count] == evaluate("exp", x)[:count]).all()
+        assert (y[count:] == 7).all()
+
+
+def test_unknown_function_and_wrong_buffers() -> None:
+    x = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match="tangent"):
+        _C.evaluate("tangent", x, x.copy(), 0.0)
+    with pytest.raises(ValueError, match="one length"):
+        _C.evaluate("exp", x, np.zeros(4, np.float32), 0.0)
