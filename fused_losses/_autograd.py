@@ -27,23 +27,35 @@ class Stored(Function):
         if not inplace:
             return loss.train(*args)
         value = loss.train_(*args)
-        increment_version(args[0])
-        return value
+        return value if _is_view(args[0]) else (value, args[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _remember(ctx, inputs)
+        ctx.set_materialize_grads(False)
         if ctx.inplace:
-            ctx.save_for_backward(inputs[2])
+            # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
+            # gradient's numbers. torch allows that beside another output only where they are no view; a view's
+            # users are caught by the version counter, as far as they keep the logits for their own backward.
+            logits = inputs[2]
+            if _is_view(logits):
+                increment_version(logits)
+            else:
+                ctx.mark_dirty(logits)
+            ctx.save_for_backward(logits)
             return
         gradient = output[1]
         ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(gradient, *ctx.tensors)
         del ctx.tensors
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, _: None = None) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None, of_logits: Tensor | None = None) -> Any:
+        if of_logits is not None:
+            raise RuntimeError(
+                "the logits were used after a loss with inplace_backward=True, which has modified them by an "
+                "inplace operation: they hold its gradient. Use them before the loss, or inplace_backward=False"
+            )
         if upstream is None:
             return _gradients(ctx, None)
         if ctx.inplace:
@@ -55,10 +67,10 @@ class Stored(Function):
         gradient, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _gradients(ctx, _differentiable(ctx, upstream, tensors))
-        if not _keep_graph():
-            scale_(gradient, upstream)
-        elif upstream != 1:
+        if _keep_graph():  # the saved gradient serves again
             gradient = gradient * upstream
+        else:
+            scale_(gradient, upstream)
         return _gradients(ctx, gradient)
 
 
@@ -130,9 +142,8 @@ def evaluate(loss: LossOps, inplace: bool, stored: bool, *args: Any) -> Tensor:
         _require_writable(input)
     if not stored:
         return cast(Tensor, _apply(Recomputed, loss, inplace, *args))
-    if inplace:
-        return cast(Tensor, _apply(Stored, loss, inplace, *args))
-    return cast(Tensor, _apply(Stored, loss, inplace, *args)[0])
+    result = _apply(Stored, loss, inplace, *args)
+    return cast(Tensor, result if isinstance(result, Tensor) else result[0])
 
 
 def _apply(function: type[Function], *args: Any) -> Any:
@@ -140,8 +151,13 @@ def _apply(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
+def _is_view(tensor: Tensor) -> bool:
+    return tensor._base is not None
+
+
 def _require_writable(input: Tensor) -> None:
     """Lets torch's own in-place operation object, before anything is written."""
+    base = input if input._base is None else input._base
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True))
-    if input.is_leaf or overlaps:
+    if overlaps or (base.is_leaf and base.requires_grad):
         input.mul_(1)

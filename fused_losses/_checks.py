@@ -86,6 +86,10 @@ def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     return lead >= 0 and all(size in (1, wanted) for size, wanted in zip(shape, to[lead:], strict=True))
 
 
+def shape_of(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
 def elementwise_problem(input: Tensor, **others: Tensor | None) -> str | None:
     """What keeps an element-wise kernel from this call, in words for the user. A target has the input's shape,
     the others broadcast to it."""

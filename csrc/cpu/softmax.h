@@ -216,18 +216,28 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
         const int64_t n = b + block < classes ? block : classes - b;
         const T shift = block_maximum[k] == maximum ? T{1} : exp_scalar(block_maximum[k] - maximum);
         const V factor = broadcast<V>(static_cast<T>(softmax * shift));
-        const T* t = dense ? target_of(b, n) : nullptr;
         T* g = e + b;
         int64_t j = 0;
-        for (; j + lanes <= n; j += lanes) {
-          V grad = load(g + j) * factor;
-          if constexpr (dense) grad -= scale * target.whole(b + j, t ? t + j : nullptr);
-          store(g + j, grad);
-        }
-        if (j < n) {
-          V grad = load_part<V>(g + j, n - j, 0) * factor;
-          if constexpr (dense) grad -= scale * target.part(b + j, t ? t + j : nullptr, n - j);
-          store_part(g + j, n - j, grad);
+        if (dense && a.probability) {
+          // p - t loses digits where they are close: only the exponential may have been rounded before.
+          const T* t = target_of(b, n);
+          const auto exact_factor = wide_broadcast<V>(softmax * shift), exact_scale = wide_broadcast<V>(upstream);
+          for (; j + lanes <= n; j += lanes)
+            store(g + j, round_once(wide(load(g + j)) * exact_factor - exact_scale * wide(target.whole(b + j, t + j))));
+          if (j < n)
+            store_part(g + j, n - j, round_once(wide(load_part<V>(g + j, n - j, 0)) * exact_factor -
+                                                exact_scale * wide(target.part(b + j, t + j, n - j))));
+        } else {
+          for (; j + lanes <= n; j += lanes) {
+            V grad = load(g + j) * factor;
+            if constexpr (dense) grad -= scale * target.whole(b + j, nullptr);
+            store(g + j, grad);
+          }
+          if (j < n) {
+            V grad = load_part<V>(g + j, n - j, 0) * factor;
+            if constexpr (dense) grad -= scale * target.part(b + j, nullptr, n - j);
+            store_part(g + j, n - j, grad);
+          }
         }
         if (y >= b && y < b + n) {
           double grad = loss.target[0];
@@ -403,6 +413,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
     }
 
     V softmax[vectors], at_target[vectors], scale[vectors];
+    decltype(wide(V{})) exact_softmax[vectors];
     I live[vectors];
 #pragma GCC unroll 4
     for (int u = 0; u < vectors; ++u) {
@@ -430,6 +441,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         const V q_total = dense ? q_sum[u].total : V{};
         softmax[u] = (loss.softmax + q_total) * inverse * scale[u];
         at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
+        if constexpr (dense) exact_softmax[u] = wide(q_total) * wide(scale[u]) / wide(sums.rest);
       }
     }
 
@@ -438,11 +450,15 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
         for (int u = 0; u < vectors; ++u) {
-          V grad = load(e + c * e_pitch + u * lanes) * softmax[u];
-          grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_target[u], grad);
-          if constexpr (dense) {
-            const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
-            grad -= scale[u] * q;
+          const V term = load(e + c * e_pitch + u * lanes);
+          V grad;
+          if (dense && t) {
+            // p - t loses digits where they are close: only the exponential may have been rounded before.
+            const V q = class_weight * (target.keep * load(t + c * t_pitch + u * lanes) + target.smooth);
+            grad = round_once(wide(term) * exact_softmax[u] - wide(scale[u]) * wide(q));
+          } else {
+            grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_target[u], term * softmax[u]);
+            if constexpr (dense) grad -= scale[u] * class_weight * target.smooth;
           }
           store(e + c * e_pitch + u * lanes, select<V>(live[u], grad, V{}));
         }

@@ -7,7 +7,8 @@
 // Shapes: input, target and every gradient [*]; weight and pos_weight broadcast to [*].
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "torch/tensors.h"
@@ -121,8 +122,8 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const Op
   if (loss == Elementwise::bce && std::isnan(sum)) {
     // A probability outside [0, 1] makes its loss NaN; so only a NaN is worth a look for one.
     double value;
-    STD_TORCH_CHECK(!cpu::kernels().find_outside_unit(args, count, &value),
-                    "all elements of input should be between 0 and 1, one is ", value);
+    if (cpu::kernels().find_outside_unit(args, count, &value))
+      throw std::runtime_error("all elements of input should be between 0 and 1, one is " + std::to_string(value));
   }
   if (none) return *value;
   return scalar(options.reduction == Reduction::mean ? sum / count : sum, input);
