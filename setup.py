@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 PIP = "python -m pip install"
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-OPTIMISED = ["-std=c++17", "-O3", "-DNDEBUG"]
+OPTIMISED = ["-std=c++17", "-O2", "-DNDEBUG"]
 # No psabi: vector types are passed between inlined functions only.
 HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 

@@ -19,7 +19,7 @@ NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
 REDUCTION_NAMES = ("none", "mean", "sum")
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _TENSOR_TYPES = frozenset({Tensor, Parameter})
-_MAX_DIMS = 12  # csrc/cpu/kernels.h
+_MAX_DIMS = 12  # csrc/dtype.h
 
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

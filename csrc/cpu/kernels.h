@@ -5,14 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace fused_losses {
-
-enum class DType : int { f32, f64, bf16, f16 };
-enum class Reduction : int { none, mean, sum };  // torch's numbering
-
-constexpr int kMaxDims = 12;
-
-}  // namespace fused_losses
+#include "dtype.h"
 
 namespace fused_losses::cpu {
 
