@@ -8,6 +8,8 @@ import pytest
 from cases import OURS, SUITES, Case, Unavailable
 from measure import Call
 
+pytest.importorskip("pytest_benchmark")
+
 
 @pytest.mark.parametrize("name", ["eager", *OURS])
 @pytest.mark.parametrize("spec", [spec for suite in SUITES.values() for spec in suite])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -18,14 +19,10 @@ LOSSES = ["ce", "bce", "bce_logits", "focal", "softmax_focal"]
 
 
 @pytest.fixture(scope="module")
-def program() -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / "train_digits.py"
-    spec = importlib.util.spec_from_file_location("train_digits", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent.parent / "examples")
+        yield importlib.import_module("train_digits")
 
 
 def idx(array: np.ndarray) -> bytes:
