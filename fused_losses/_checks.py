@@ -37,7 +37,9 @@ def reduction_code(reduction: str) -> int:
 def require_tensors(function: str, **arguments: Any) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
-            raise TypeError(f"{function}(): {name} is {argument!r}; expected a Tensor, not {type(argument).__name__}")
+            raise TypeError(
+                f"{function}(): {name} is {argument!r}; expected a Tensor, not {type(argument).__name__}"
+            )
 
 
 def reachable(input: Tensor, *others: Tensor | None) -> bool:
@@ -71,6 +73,17 @@ def ask_torch(problem: str, function: Callable[..., Tensor], *args: Any) -> Tens
         return function(*args)
     except Exception as error:
         raise type(error)(problem) from None
+
+
+def fall_back(function: Callable[..., Tensor], args: tuple[Any, ...], input: Tensor, **others: Any) -> Tensor:
+    """torch's result for what the kernels do not reach."""
+    problem = None
+    if input.dtype not in DTYPES:
+        problem = f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16"
+    for name, other in others.items():
+        if other is not None and not isinstance(other, Tensor):
+            problem = f"{name} is {other!r}; expected a Tensor or None"
+    return function(*args) if problem is None else ask_torch(problem, function, *args)
 
 
 def compute_weight(weight: Tensor | None, input: Tensor) -> Tensor | None:

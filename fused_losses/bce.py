@@ -88,7 +88,8 @@ def binary_cross_entropy_with_logits(
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, None, reduction, pos_weight)
     if not _checks.reachable(input, target, weight, pos_weight):
-        return torch.nn.functional.binary_cross_entropy_with_logits(*torch_args)
+        function = torch.nn.functional.binary_cross_entropy_with_logits
+        return _checks.fall_back(function, torch_args, input, weight=weight, pos_weight=pos_weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight, pos_weight=pos_weight)
     if problem is not None:
         function = torch.nn.functional.binary_cross_entropy_with_logits
@@ -132,20 +133,26 @@ def binary_cross_entropy(
         The input's shape for "none", else (), in the input's dtype.
 
     Raises:
-        RuntimeError: an input outside [0, 1].
+        RuntimeError: an input outside [0, 1], and a target where torch objects to it.
         ValueError, RuntimeError, TypeError: elsewhere as torch's function.
     """
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy", input=input, target=target)
     code = _checks.reduction_code(reduction)
+    function = torch.nn.functional.binary_cross_entropy
     torch_args = (input, target, weight, None, None, reduction)
     if not _checks.reachable(input, target, weight):
-        return torch.nn.functional.binary_cross_entropy(*torch_args)
+        return _checks.fall_back(function, torch_args, input, weight=weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight)
     if problem is not None:
-        return _checks.ask_torch(problem, torch.nn.functional.binary_cross_entropy, *torch_args)
+        return _checks.ask_torch(problem, function, *torch_args)
     stored = code != _checks.NONE and input.dtype != torch.float16
-    return evaluate(_OPS, False, stored, input, target, weight, None, *_NOT_FOCAL, code)
+    try:
+        return evaluate(_OPS, False, stored, input, target, weight, None, *_NOT_FOCAL, code)
+    except RuntimeError as error:
+        if "between 0 and 1" not in str(error):
+            raise
+        return _checks.ask_torch(str(error), function, *torch_args)  # torch before 2.13 takes any target
 
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):

@@ -71,7 +71,7 @@ def cross_entropy(
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not _checks.reachable(input, target, weight):
-        return torch.nn.functional.cross_entropy(*torch_args)
+        return _checks.fall_back(torch.nn.functional.cross_entropy, torch_args, input, weight=weight)
     problem = _problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
         return _checks.ask_torch(problem, torch.nn.functional.cross_entropy, *torch_args)
@@ -89,7 +89,11 @@ def _problem(
 ) -> str | None:
     """What keeps the kernels from this call, in words for the user."""
     dims = input.dim()
-    if target.shape == input.shape and dims > 0 and target.is_floating_point():
+    if not isinstance(ignore_index, int):
+        return f"ignore_index is {ignore_index!r}; expected an int"
+    if not isinstance(label_smoothing, (int, float)) or not 0.0 <= label_smoothing <= 1.0:
+        return f"label_smoothing is {label_smoothing!r}; expected a number from 0.0 to 1.0"
+    if target.shape == input.shape and dims > 0:
         if target.dtype != input.dtype:
             return f"target has dtype {target.dtype}; class probabilities need the input's, {input.dtype}"
         if ignore_index >= 0:
@@ -106,8 +110,6 @@ def _problem(
             return f"weight has {_checks.shape_of(weight)}; expected ({classes},), a weight for each class"
         if weight.dtype != input.dtype:
             return f"weight has dtype {weight.dtype}; expected the input's, {input.dtype}"
-    if not 0.0 <= label_smoothing <= 1.0:
-        return f"label_smoothing is {label_smoothing}; expected a number from 0.0 to 1.0"
     return None
 
 

@@ -98,7 +98,9 @@ def _sigmoid_focal(
     code = _checks.reduction_code(reduction)
     _require_gamma(gamma)
     if inputs.shape != targets.shape:
-        raise ValueError(f"targets has {_checks.shape_of(targets)}; expected that of inputs, {tuple(inputs.shape)}")
+        raise ValueError(
+            f"targets has {_checks.shape_of(targets)}; expected that of inputs, {tuple(inputs.shape)}"
+        )
     others = {"targets": targets, "weight": weight, "pos_weight": pos_weight}
     options = (alpha_positive, alpha_negative, gamma)
     if not _checks.reachable(inputs, *others.values()) or _checks.elementwise_problem(inputs, **others):
@@ -154,6 +156,10 @@ def softmax_focal_loss(
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
     code = _checks.reduction_code(reduction)
     _require_gamma(gamma)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r}; expected an int")
+    if input.dtype not in _checks.DTYPES:
+        raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
     problem = _checks.index_problem(input, target)
     classes = 0 if problem else input.shape[min(input.dim() - 1, 1)]
     if isinstance(alpha, Tensor) and alpha.dim() > 0:
@@ -172,7 +178,9 @@ def softmax_focal_loss(
         target = target.long()
     weight = _checks.compute_weight(weight, input)
     stored = code != _checks.NONE and input.dtype != torch.float16
-    return evaluate(_SOFTMAX, inplace_backward, stored, input, target, weight, code, ignore_index, float(gamma))
+    return evaluate(
+        _SOFTMAX, inplace_backward, stored, input, target, weight, code, ignore_index, float(gamma)
+    )
 
 
 def _require_gamma(gamma: float) -> None:

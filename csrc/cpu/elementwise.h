@@ -146,8 +146,13 @@ static double elementwise_range(const ElementwiseArgs& a, int64_t begin, int64_t
         for (int64_t i = 0; i < rest; ++i) to[i] = from[whole + i];
         return to;
       };
-      const Tile<T> tail{take(tile.input, last[0]),      take(tile.target, last[1]),   take(tile.weight, last[2]),
-                         take(tile.pos_weight, last[3]), take(tile.upstream, last[4]), last[5], last[6]};
+      const Tile<T> tail{take(tile.input, last[0]),
+                         take(tile.target, last[1]),
+                         take(tile.weight, last[2]),
+                         take(tile.pos_weight, last[3]),
+                         take(tile.upstream, last[4]),
+                         last[5],
+                         last[6]};
       loop(tail, lanes, grad_scale, params);
       for (int64_t i = 0; i < rest; ++i) {
         sum += last[5][i];
@@ -193,11 +198,11 @@ static double elementwise(const ElementwiseArgs& a, int64_t begin, int64_t end) 
 }
 
 template <class T>
-static bool find_outside_unit_as(const ElementwiseArgs& a, int64_t count, double* value) {
+static bool find_outside_unit_as(const ElementwiseArgs& a, const Operand& operand, int64_t count, double* value) {
   T buffer[kTile];
   for (int64_t start = 0; start < count; start += kTile) {
     const int64_t n = count - start < kTile ? count - start : kTile;
-    const T* x = stage(a, Position(a, start), a.input, n, buffer);
+    const T* x = stage(a, Position(a, start), operand, n, buffer);
     for (int64_t i = 0; i < n; ++i) {
       *value = x[i];
       if (!(x[i] >= 0 && x[i] <= 1)) return true;
@@ -206,7 +211,7 @@ static bool find_outside_unit_as(const ElementwiseArgs& a, int64_t count, double
   return false;
 }
 
-static bool find_outside_unit(const ElementwiseArgs& a, int64_t count, double* value) {
-  return a.input.dtype == DType::f64 ? find_outside_unit_as<double>(a, count, value)
-                                     : find_outside_unit_as<float>(a, count, value);
+static bool find_outside_unit(const ElementwiseArgs& a, const Operand& operand, int64_t count, double* value) {
+  return a.input.dtype == DType::f64 ? find_outside_unit_as<double>(a, operand, count, value)
+                                     : find_outside_unit_as<float>(a, operand, count, value);
 }

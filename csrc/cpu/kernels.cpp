@@ -42,8 +42,7 @@ static const Kernels& choose() {
     if (std::strcmp(wanted, level->name) == 0) return *level;
     names += (names.empty() ? "" : ", ") + std::string(level->name);
   }
-  throw std::invalid_argument("FUSED_LOSSES_CPU_LEVEL is '" + std::string(wanted) +
-                              "'; this CPU runs: " + names);
+  throw std::invalid_argument("FUSED_LOSSES_CPU_LEVEL is '" + std::string(wanted) + "'; this CPU runs: " + names);
 }
 
 const Kernels& kernels() {

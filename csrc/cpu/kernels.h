@@ -60,14 +60,14 @@ struct SoftmaxArgs {
 struct Kernels {
   const char* name;
   double (*elementwise)(const ElementwiseArgs&, int64_t begin, int64_t end);  // elements
-  // Whether an input of [0, count) is outside [0, 1] (NaN is), and one that is.
-  bool (*find_outside_unit)(const ElementwiseArgs&, int64_t count, double* value);
+  // Whether an element of `operand` in [0, count) is outside [0, 1] (NaN is), and one that is.
+  bool (*find_outside_unit)(const ElementwiseArgs&, const Operand& operand, int64_t count, double* value);
   double (*softmax_rows)(const SoftmaxArgs&, int64_t begin, int64_t end);     // class stride 1
   double (*softmax_columns)(const SoftmaxArgs&, int64_t begin, int64_t end);  // any strides
   // The sum of weight[target] (or the number of targets) without ignore_index; `invalid` is the lowest position whose
   // target is neither ignored nor in [0, classes), or -1.
   double (*count_targets)(const SoftmaxArgs&, int64_t begin, int64_t end, int64_t* invalid);
-  void (*scale)(void* data, DType dtype, int64_t count, double factor);       // data *= factor
+  void (*scale)(void* data, DType dtype, int64_t count, double factor);  // data *= factor
   bool (*evaluate)(const char* function, const void* x, void* y, int64_t count, DType dtype, double parameter);
 };
 

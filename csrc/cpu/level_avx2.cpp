@@ -13,13 +13,13 @@ namespace level_avx2 {
 #include "cpu/level.h"
 }
 const Kernels avx2{"avx2",
-                       level_avx2::elementwise,
-                       level_avx2::find_outside_unit,
-                       level_avx2::softmax_rows,
-                       level_avx2::softmax_columns,
-                       level_avx2::count_targets,
-                       level_avx2::scale,
-                       level_avx2::evaluate};
+                   level_avx2::elementwise,
+                   level_avx2::find_outside_unit,
+                   level_avx2::softmax_rows,
+                   level_avx2::softmax_columns,
+                   level_avx2::count_targets,
+                   level_avx2::scale,
+                   level_avx2::evaluate};
 }  // namespace fused_losses::cpu
 
 #if defined(__clang__)

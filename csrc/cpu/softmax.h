@@ -102,7 +102,8 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
   const bool narrow = dtype != compute_dtype<T>;
   const auto row = std::unique_ptr<T[]>(narrow ? new T[want_grad ? classes : block] : nullptr);
   const auto target_block = std::unique_ptr<T[]>(narrow && a.probability ? new T[block] : nullptr);
-  const DenseTarget<T> target{static_cast<const T*>(a.weight), static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
+  const DenseTarget<T> target{static_cast<const T*>(a.weight),
+                              static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
   double total = 0;
 
@@ -136,7 +137,8 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       const T* x = stage_run<T>(dtype, a.logits, cursor.logits + b, 1, n, want_grad ? e + b : row.get());
       const T* t = dense ? target_of(b, n) : nullptr;
 
-      V highest[4] = {broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>)};
+      V highest[4] = {broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>),
+                      broadcast<V>(lowest<T>)};
       int64_t j = 0;
       for (; j + 4 * lanes <= whole; j += 4 * lanes)
 #pragma GCC unroll 4
@@ -225,8 +227,9 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
           for (; j + lanes <= n; j += lanes)
             store(g + j, round_once(wide(load(g + j)) * exact_factor - exact_scale * wide(target.whole(b + j, t + j))));
           if (j < n)
-            store_part(g + j, n - j, round_once(wide(load_part<V>(g + j, n - j, 0)) * exact_factor -
-                                                exact_scale * wide(target.part(b + j, t + j, n - j))));
+            store_part(g + j, n - j,
+                       round_once(wide(load_part<V>(g + j, n - j, 0)) * exact_factor -
+                                  exact_scale * wide(target.part(b + j, t + j, n - j))));
         } else {
           for (; j + lanes <= n; j += lanes) {
             V grad = load(g + j) * factor;
@@ -348,7 +351,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       return tile;
     };
     int64_t x_pitch, t_pitch = 0, e_pitch = group;
-    const T* x = tile_of(a.logits, logits_offset, a.logits_stride[last], a.logits_class_stride, logits_tile.get(), x_pitch);
+    const T* x =
+        tile_of(a.logits, logits_offset, a.logits_stride[last], a.logits_class_stride, logits_tile.get(), x_pitch);
     const T* t = nullptr;
     if (dense && a.probability)
       t = tile_of(a.probability, probability_offset, a.probability_stride[last], a.probability_class_stride,
@@ -368,7 +372,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       const bool live = i < n && !(a.index && y == a.ignore_index);
       index_lane[i] = bits<T>(static_cast<Lane>(live ? (a.index ? y : -1) : -2));
       weight_lane[i] = a.index && live ? (weight ? weight[y] : T{1}) : T{0};
-      upstream_lane[i] = static_cast<T>(a.grad_scale * (i < n && a.upstream ? load_scalar<T>(dtype, a.upstream, p + i) : 1));
+      upstream_lane[i] =
+          static_cast<T>(a.grad_scale * (i < n && a.upstream ? load_scalar<T>(dtype, a.upstream, p + i) : 1));
     }
 
     V highest[vectors];
@@ -500,8 +505,10 @@ static double count_targets(const SoftmaxArgs& a, int64_t begin, int64_t end, in
   }
   for (; p < end; ++p) {
     const int64_t y = a.index[p];
-    if (y == a.ignore_index) --count;
-    else any_wrong |= y < 0 || y >= a.classes;
+    if (y == a.ignore_index)
+      --count;
+    else
+      any_wrong |= y < 0 || y >= a.classes;
   }
   if (any_wrong) {
     p = begin;

@@ -51,8 +51,10 @@ FL_FN const T* stage_run(DType dtype, const void* data, int64_t offset, int64_t 
     if (stride == 1) return from;
     read_run(from, stride, n, tile);
   } else if constexpr (__is_same(T, float)) {
-    if (dtype == DType::bf16) read_run(static_cast<const bf16*>(data) + offset, stride, n, tile);
-    else read_run(static_cast<const f16*>(data) + offset, stride, n, tile);
+    if (dtype == DType::bf16)
+      read_run(static_cast<const bf16*>(data) + offset, stride, n, tile);
+    else
+      read_run(static_cast<const f16*>(data) + offset, stride, n, tile);
   }
   return tile;
 }
@@ -63,8 +65,10 @@ FL_FN void unstage_run(DType dtype, void* data, int64_t offset, int64_t stride, 
     T* to = static_cast<T*>(data) + offset;
     if (to != tile) write_run(to, stride, n, tile);
   } else if constexpr (__is_same(T, float)) {
-    if (dtype == DType::bf16) write_run(static_cast<bf16*>(data) + offset, stride, n, tile);
-    else write_run(static_cast<f16*>(data) + offset, stride, n, tile);
+    if (dtype == DType::bf16)
+      write_run(static_cast<bf16*>(data) + offset, stride, n, tile);
+    else
+      write_run(static_cast<f16*>(data) + offset, stride, n, tile);
   }
 }
 

@@ -116,15 +116,14 @@ FL_FN V log1p(V x) {
 // log1p(e) for e in [0, 1], where softplus needs it and no division is wanted: a minimax fit of log1p(e) / e,
 // off by at most 5.3e-9 (mpmath.chebyfit with 10 coefficients).
 FL_FN vf log1p_unit(vf e) {
-  static constexpr float c[] = {0.9999999947f, -0.4999989265f, 0.333297105f, -0.2495161626f, 0.1966327426f, -0.1526966707f, 0.105436238f, -0.05637361283f, 0.01954252726f, -0.003176057018f};
+  static constexpr float c[] = {0.9999999947f,  -0.4999989265f, 0.333297105f,    -0.2495161626f, 0.1966327426f,
+                                -0.1526966707f, 0.105436238f,   -0.05637361283f, 0.01954252726f, -0.003176057018f};
   return e * polynomial(c, e);
 }
 FL_FN vd log1p_unit(vd e) { return log1p(e); }
 
 // x^y for x >= 0. A float goes through double: the error of log(x) is multiplied by y log(x).
-FL_CALL vd power(vd x, double y) {
-  return select<vd>(x == 0, y == 0 ? vd{} + 1 : vd{}, exp(log(x) * y));
-}
+FL_CALL vd power(vd x, double y) { return select<vd>(x == 0, y == 0 ? vd{} + 1 : vd{}, exp(log(x) * y)); }
 FL_CALL vf power(vf x, double y) {
   return join(power(__builtin_convertvector(low_half(x), vd), y), power(__builtin_convertvector(high_half(x), vd), y));
 }

@@ -15,12 +15,14 @@ struct BceWithLogits {
 
 //   value = -t max(log p, -100) - (1 - t) max(log(1 - p), -100)
 //   grad  = (p - t) / max(p (1 - p), 1e-12)
-// The clamps are torch's: they keep value and gradient finite at p = 0 and p = 1.
+// The clamps are torch's: they keep value and gradient finite at p = 0 and p = 1. A probability outside [0, 1] makes
+// the value NaN by its logarithm, and a target outside does by intent: the host looks for them only where it meets one.
 struct Bce {
   template <class V, class Params>
   static FL_INLINE ValueGrad<V> apply(V p, V t, V, const Params&) {
     const V floor = broadcast<V>(-100);
     const V value = (t - 1) * at_least(log1p(-p), floor) - t * at_least(log(p), floor);
-    return {value, (p - t) / at_least((1 - p) * p, broadcast<V>(1e-12))};
+    const V checked = select<V>((t >= 0) & (t <= 1), value, broadcast<V>(__builtin_nan("")));
+    return {checked, (p - t) / at_least((1 - p) * p, broadcast<V>(1e-12))};
   }
 };

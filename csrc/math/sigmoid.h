@@ -15,8 +15,7 @@ FL_FN Sigmoid<V> sigmoid(V x) {
   const V near = 1 / (1 + e), far = e * near;
   const V l = log1p_unit(e);
   const auto positive = x >= 0;
-  return {select<V>(positive, near, far), select<V>(positive, far, near), at_least(x, V{}) + l,
-          at_least(-x, V{}) + l};
+  return {select<V>(positive, near, far), select<V>(positive, far, near), at_least(x, V{}) + l, at_least(-x, V{}) + l};
 }
 
 template <class V>

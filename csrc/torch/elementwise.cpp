@@ -62,8 +62,7 @@ void collapse(ElementwiseArgs& args, const Tensor& input) {
   for (int d : order) {
     const int64_t size = input.size(d);
     bool merges = args.ndim > 0;
-    for (int k = 0; k < count && merges; ++k)
-      merges = operands[k]->stride[args.ndim - 1] == size * from[k]->stride[d];
+    for (int k = 0; k < count && merges; ++k) merges = operands[k]->stride[args.ndim - 1] == size * from[k]->stride[d];
     if (!merges) args.size[args.ndim++] = 1;
     args.size[args.ndim - 1] *= size;
     for (int k = 0; k < count; ++k) operands[k]->stride[args.ndim - 1] = from[k]->stride[d];
@@ -102,8 +101,10 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const Op
   if (options.weight) args.weight = operand(*options.weight, input, "weight");
   if (options.pos_weight) args.pos_weight = operand(*options.pos_weight, input, "pos_weight");
   if (upstream) {
-    if (none) args.upstream = operand(*upstream, input, "upstream");
-    else args.grad_scale *= read_scalar(*upstream);
+    if (none)
+      args.upstream = operand(*upstream, input, "upstream");
+    else
+      args.grad_scale *= read_scalar(*upstream);
   }
   OptionalTensor value;
   if (forward && none) {
@@ -116,14 +117,20 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const Op
   if (count > 0) {
     collapse(args, input);
     const auto& kernels = cpu::kernels();
-    sum = parallel_sum(count, kChunk, [&](int64_t begin, int64_t end) { return kernels.elementwise(args, begin, end); });
+    sum =
+        parallel_sum(count, kChunk, [&](int64_t begin, int64_t end) { return kernels.elementwise(args, begin, end); });
   }
   if (!forward) return *upstream;
   if (loss == Elementwise::bce && std::isnan(sum)) {
-    // A probability outside [0, 1] makes its loss NaN; so only a NaN is worth a look for one.
-    double value;
-    if (cpu::kernels().find_outside_unit(args, count, &value))
-      throw std::runtime_error("all elements of input should be between 0 and 1, one is " + std::to_string(value));
+    // What is outside [0, 1] has made its loss NaN: so only a NaN is worth a look for one.
+    const auto& find = cpu::kernels().find_outside_unit;
+    double outside;
+    const char* name = find(args, args.input, count, &outside)    ? "input"
+                       : find(args, args.target, count, &outside) ? "target"
+                                                                  : nullptr;
+    if (name)
+      throw std::runtime_error("all elements of " + std::string(name) + " should be between 0 and 1, one is " +
+                               std::to_string(outside));
   }
   if (none) return *value;
   return scalar(options.reduction == Reduction::mean ? sum / count : sum, input);
@@ -134,8 +141,8 @@ Options options(const OptionalTensor& weight, const OptionalTensor& pos_weight, 
   return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction)};
 }
 
-#define OPTION_PARAMETERS                                                                                           \
-  OptionalTensor weight, OptionalTensor pos_weight, double alpha_positive, double alpha_negative, double gamma,     \
+#define OPTION_PARAMETERS                                                                                       \
+  OptionalTensor weight, OptionalTensor pos_weight, double alpha_positive, double alpha_negative, double gamma, \
       int64_t reduction
 #define OPTIONS options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction)
 
@@ -168,25 +175,27 @@ void backward_(Tensor upstream, Tensor input, Tensor target, OPTION_PARAMETERS) 
 
 #define FUSED_LOSSES_ELEMENTWISE(X) X(bce_with_logits) X(bce) X(sigmoid_focal)
 
-#define OPTION_SCHEMA                                                                                             \
+#define OPTION_SCHEMA                                                                                            \
   "Tensor target, Tensor? weight, Tensor? pos_weight, float alpha_positive, float alpha_negative, float gamma, " \
   "int reduction)"
 
-#define DEFINE(name)                                                                                  \
-  m.def(#name "(Tensor input, " OPTION_SCHEMA " -> Tensor");                                          \
-  m.def(#name "_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");                          \
-  m.def(#name "_train_(Tensor(a!) input, " OPTION_SCHEMA " -> Tensor");                               \
-  m.def(#name "_backward(Tensor upstream, Tensor input, " OPTION_SCHEMA " -> Tensor");                \
+#define DEFINE(name)                                                                   \
+  m.def(#name "(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \
+  m.def(#name "_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");           \
+  m.def(#name "_train_(Tensor(a!) input, " OPTION_SCHEMA " -> Tensor");                \
+  m.def(#name "_backward(Tensor upstream, Tensor input, " OPTION_SCHEMA " -> Tensor"); \
   m.def(#name "_backward_(Tensor upstream, Tensor(a!) input, " OPTION_SCHEMA " -> ()");
 
-#define IMPLEMENT(name)                                                       \
-  m.impl(#name, TORCH_BOX(&forward<Elementwise::name>));                      \
-  m.impl(#name "_train", TORCH_BOX(&train<Elementwise::name>));               \
-  m.impl(#name "_train_", TORCH_BOX(&train_<Elementwise::name>));             \
-  m.impl(#name "_backward", TORCH_BOX(&backward<Elementwise::name>));         \
+#define IMPLEMENT(name)                                               \
+  m.impl(#name, TORCH_BOX(&forward<Elementwise::name>));              \
+  m.impl(#name "_train", TORCH_BOX(&train<Elementwise::name>));       \
+  m.impl(#name "_train_", TORCH_BOX(&train_<Elementwise::name>));     \
+  m.impl(#name "_backward", TORCH_BOX(&backward<Elementwise::name>)); \
   m.impl(#name "_backward_", TORCH_BOX(&backward_<Elementwise::name>));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) { FUSED_LOSSES_ELEMENTWISE(DEFINE) }
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { FUSED_LOSSES_ELEMENTWISE(IMPLEMENT) }
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m){FUSED_LOSSES_ELEMENTWISE(DEFINE)} STABLE_TORCH_LIBRARY_IMPL(fused_losses,
+                                                                                                           CPU, m) {
+  FUSED_LOSSES_ELEMENTWISE(IMPLEMENT)
+}
 
 }  // namespace fused_losses

@@ -129,8 +129,8 @@ Tensor run(const Tensor& logits, Tensor target, const Options& options, const Te
     if (invalid >= 0)
       throw std::out_of_range("Target " + std::to_string(args.index[invalid]) + " is out of bounds: input has " +
                               std::to_string(classes) + " classes, so target must be in [0, " +
-                              std::to_string(classes - 1) + "] or ignore_index (" +
-                              std::to_string(args.ignore_index) + ")");
+                              std::to_string(classes - 1) + "] or ignore_index (" + std::to_string(args.ignore_index) +
+                              ")");
   }
   if (options.reduction == Reduction::mean) args.grad_scale /= denominator;
 
@@ -138,10 +138,10 @@ Tensor run(const Tensor& logits, Tensor target, const Options& options, const Te
                     (index || args.probability_class_stride == 1) && classes >= kShortRow;
   const auto kernel = rows ? kernels.softmax_rows : kernels.softmax_columns;
   // Multiples of every level's group of positions, so that only the last group is short.
-  const int64_t chunk = rows ? std::max<int64_t>(1, kChunkElements / classes)
-                             : std::max<int64_t>(64, kChunkElements / classes / 64 * 64);
-  const double sum = parallel_sum(args.positions, chunk,
-                                  [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
+  const int64_t chunk =
+      rows ? std::max<int64_t>(1, kChunkElements / classes) : std::max<int64_t>(64, kChunkElements / classes / 64 * 64);
+  const double sum =
+      parallel_sum(args.positions, chunk, [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
   if (!forward) return *upstream;
   if (none) return *value;
   return scalar(options.reduction == Reduction::mean ? sum / denominator : sum, logits);
@@ -192,22 +192,25 @@ void backward_(Tensor upstream, Tensor logits, Tensor target, OPTION_PARAMETERS)
   X(cross_entropy, CrossEntropy, "Tensor? weight", "label_smoothing") \
   X(softmax_focal, SoftmaxFocal, "Tensor? alpha", "gamma")
 
-#define DEFINE_ONE(name, arguments, weight, parameter, result) \
-  m.def(name "(" arguments ", Tensor target, " weight ", int reduction, int ignore_index, float " parameter ") -> " result);
-#define DEFINE(name, loss, weight, parameter)                                                    \
-  DEFINE_ONE(#name, "Tensor input", weight, parameter, "Tensor")                                 \
-  DEFINE_ONE(#name "_train", "Tensor input", weight, parameter, "(Tensor, Tensor)")              \
-  DEFINE_ONE(#name "_train_", "Tensor(a!) input", weight, parameter, "Tensor")                   \
-  DEFINE_ONE(#name "_backward", "Tensor upstream, Tensor input", weight, parameter, "Tensor")    \
+#define DEFINE_ONE(name, arguments, weight, parameter, result)                                              \
+  m.def(name "(" arguments ", Tensor target, " weight ", int reduction, int ignore_index, float " parameter \
+             ") -> " result);
+#define DEFINE(name, loss, weight, parameter)                                                 \
+  DEFINE_ONE(#name, "Tensor input", weight, parameter, "Tensor")                              \
+  DEFINE_ONE(#name "_train", "Tensor input", weight, parameter, "(Tensor, Tensor)")           \
+  DEFINE_ONE(#name "_train_", "Tensor(a!) input", weight, parameter, "Tensor")                \
+  DEFINE_ONE(#name "_backward", "Tensor upstream, Tensor input", weight, parameter, "Tensor") \
   DEFINE_ONE(#name "_backward_", "Tensor upstream, Tensor(a!) input", weight, parameter, "()")
-#define IMPLEMENT(name, loss, weight, parameter)                \
-  m.impl(#name, TORCH_BOX(&forward<loss>));                     \
-  m.impl(#name "_train", TORCH_BOX(&train<loss>));              \
-  m.impl(#name "_train_", TORCH_BOX(&train_<loss>));            \
-  m.impl(#name "_backward", TORCH_BOX(&backward<loss>));        \
+#define IMPLEMENT(name, loss, weight, parameter)         \
+  m.impl(#name, TORCH_BOX(&forward<loss>));              \
+  m.impl(#name "_train", TORCH_BOX(&train<loss>));       \
+  m.impl(#name "_train_", TORCH_BOX(&train_<loss>));     \
+  m.impl(#name "_backward", TORCH_BOX(&backward<loss>)); \
   m.impl(#name "_backward_", TORCH_BOX(&backward_<loss>));
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) { FUSED_LOSSES_SOFTMAX(DEFINE) }
-STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { FUSED_LOSSES_SOFTMAX(IMPLEMENT) }
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m){FUSED_LOSSES_SOFTMAX(DEFINE)} STABLE_TORCH_LIBRARY_IMPL(fused_losses,
+                                                                                                       CPU, m) {
+  FUSED_LOSSES_SOFTMAX(IMPLEMENT)
+}
 
 }  // namespace fused_losses

@@ -34,8 +34,7 @@ double parallel_sum(int64_t count, int64_t chunk, const F& f) {
   if (chunks <= 1) return count > 0 ? f(int64_t{0}, count) : 0.0;
   std::vector<double> partial(chunks);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      partial[i] = f(i * chunk, (i + 1) * chunk < count ? (i + 1) * chunk : count);
+    for (int64_t i = begin; i < end; ++i) partial[i] = f(i * chunk, (i + 1) * chunk < count ? (i + 1) * chunk : count);
   });
   double sum = 0;
   for (double value : partial) sum += value;
