@@ -17,6 +17,18 @@ from cases import Case, implementation
 from torch import Tensor
 
 
+class _Layer(torch.autograd.Function):
+    """Stands for the network before the loss: its output is no leaf, and the gradient goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
 class Call:
     """One implementation on the inputs of one case."""
 
@@ -28,26 +40,25 @@ class Call:
         self.arguments = case.arguments(logits.dtype, str(logits.device))
 
     def logits(self) -> Tensor:
-        """Fresh logits without a gradient. In place they must not be a leaf: then they are a copy."""
+        """Logits without a gradient. In place they are a fresh copy, since a leaf may not be overwritten."""
         self.leaf.grad = None
-        return self.leaf.clone() if self.in_place else self.leaf
+        return _Layer.apply(self.leaf) if self.in_place else self.leaf
 
     def forward(self, logits: Tensor) -> Tensor:
         loss = self.function(logits, self.target, **self.arguments)
         return loss.sum() if loss.dim() else loss
 
-    def backward(self, loss: Tensor, logits: Tensor) -> Tensor:
-        if self.in_place:
-            return torch.autograd.grad(loss, logits)[0]
+    def backward(self, loss: Tensor, logits: Tensor) -> Tensor | None:
         loss.backward()
-        assert logits.grad is not None
-        return logits.grad
+        return logits.detach() if self.in_place else logits.grad
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Value and gradient."""
         logits = self.logits()
         loss = self.forward(logits)
-        return loss.detach(), self.backward(loss, logits)
+        gradient = self.backward(loss, logits)
+        assert gradient is not None
+        return loss.detach(), gradient
 
 
 # -- time ------------------------------------------------------------------------------------------------------
