@@ -56,7 +56,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.requirements: requirements-dev.txt | $(VENV)/bin/python
-	$(PY) -m pip install --requirement requirements-dev.txt
+	$(PY) -m pip install --no-compile --requirement requirements-dev.txt
 	touch $@
 
 $(VENV)/.editable: pyproject.toml setup.py $(VENV)/.requirements | build
