@@ -261,11 +261,11 @@ def test_targets_changed_before_backward(case: Case, reduction: str) -> None:
 
 
 def right_or_modified_error(loss: Tensor, leaf: Tensor) -> bool:
-    """Run backward; False where torch's error about tensors changed in place came instead of a gradient."""
+    """Run backward; False where an error about tensors changed in place came instead of a gradient."""
     try:
         loss.backward()
     except RuntimeError as error:
-        if MODIFIED not in str(error):
+        if "inplace operation" not in str(error):
             raise
         return False
     return leaf.grad is not None
@@ -465,14 +465,3 @@ def test_gradient_by_the_targets(case: Case, reduction: str) -> None:
         case.ours(logits, **(options | {name: target}), reduction=reduction).sum(), target
     )
     assert_close(alone, results[1][1])
-
-
-@every_case
-def test_checkpointing(case: Case) -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    logits, options = case.make(torch.float64)
-    leaf = logits.requires_grad_()
-    direct = gradient_of(case.ours(leaf, **options).sum(), leaf, torch.tensor(1.0).double())
-    loss = checkpoint(lambda x: case.ours(x, **options), leaf, use_reentrant=False)
-    assert torch.equal(gradient_of(loss.sum(), leaf, torch.tensor(1.0).double()), direct)

@@ -263,7 +263,7 @@ def test_mixed_dtypes_promote_as_in_torch() -> None:
 
 @pytest.mark.parametrize("base", [nn.BCEWithLogitsLoss, fused_losses.BCEWithLogitsLoss])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", ["none", "pos_weight", "weight", "both"])
 @pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
 def test_yolo_wrapper(gamma: float, weights: str, dtype: torch.dtype, reduction: str, base: Any) -> None:
