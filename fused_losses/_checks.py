@@ -82,7 +82,7 @@ def fall_back(function: Callable[..., Tensor], args: tuple[Any, ...], input: Ten
         problem = f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16"
     for name, other in others.items():
         if other is not None and not isinstance(other, Tensor):
-            problem = f"{name} is {other!r}; expected a Tensor or None"
+            problem = f"{name} is {other!r}; expected a Tensor or None, not {type(other).__name__}"
     return function(*args) if problem is None else ask_torch(problem, function, *args)
 
 
