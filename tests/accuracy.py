@@ -7,6 +7,9 @@ part of. The largest error of ours may be that of torch's own in the same dtype,
 Where a gradient is the difference of two rounded numbers (p - t with a soft target or a smoothed label) it
 can come out near zero, and how many of its own digits are right is luck, for torch and for us. Such gradients
 are measured in ulp of the largest one: the caller says `cancels=True`.
+
+Among few elements the largest error is luck too. Tests of shapes and strides ask whether every element is the
+right one, at LUCK ulp; the rule itself is asked of MANY elements.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOW_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 CLASSES = [1, 2, 3, 15, 16, 17, 31, 33, 127, 1000, 50257]
+
+MANY, LUCK = 2000, 16
 
 Loss = Callable[..., Tensor]
 
@@ -42,23 +47,12 @@ def assert_accurate(
     """
     dtype = logits.dtype
     wide = {name: _upcast(option) for name, option in options.items()}
-    results: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for trial in range(_trials(logits)):
-        if trial:
-            logits = logits * (1 - 0.05 * torch.rand_like(logits))
-        own, upstream = _differentiate(ours, logits, options, None)
-        torchs, _ = _differentiate(theirs, logits, options, upstream)
-        right, _ = _differentiate(exact or theirs, _upcast(logits), wide, upstream)
-        for name in own:
-            results.setdefault(name, []).append((own[name], torchs[name], right[name]))
-    for name, triples in results.items():
+    own, upstream = _differentiate(ours, logits, options, None)
+    torchs, _ = _differentiate(theirs, logits, options, upstream)
+    right, _ = _differentiate(exact or theirs, _upcast(logits), wide, upstream)
+    for name in own:
         floor = 1.0 if cancels and name != "the loss" else torch.finfo(dtype).eps
-        _assert_no_worse(name, triples, dtype, floor)
-
-
-def _trials(logits: Tensor) -> int:
-    """How often to draw again: among few elements torch's largest error is a matter of luck."""
-    return max(1, min(8, 500 // max(logits.numel(), 1)))
+        _assert_no_worse(name, own[name], torchs[name], right[name], dtype, floor)
 
 
 def ulps(result: Tensor, exact: Tensor, dtype: torch.dtype, floor: float | None = None) -> Tensor:
@@ -161,29 +155,26 @@ def _upcast(option: Any) -> Any:
 
 
 def _assert_no_worse(
-    what: str, triples: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype, floor: float
+    what: str, ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, floor: float
 ) -> None:
-    """triples: ours, torch's and the exact one, for every draw of the logits."""
-    worst, allowed, message = 0.0, 1.0, ""
-    for ours, theirs, exact in triples:
-        assert ours.dtype == theirs.dtype, f"{what} is {ours.dtype}, torch's is {theirs.dtype}"
-        assert ours.shape == theirs.shape, f"{what} has shape {ours.shape}, torch's has {theirs.shape}"
-        if not ours.numel():
-            continue
-        expected = exact.to(dtype)
-        finite = expected.isfinite()
-        wrong = finite & ~ours.isfinite() | (expected.isinf() & (theirs == expected) & (ours != expected))
-        assert not wrong.any(), f"{what} is {ours[wrong][0]} where {exact[wrong][0]} is right"
-        if dtype == torch.float64:
-            # The exact value is torch's own here, with what it rounds away: log p of 0.999 has lost four digits.
-            largest = exact[finite].abs().max().item() if finite.any() else 0.0
-            torch.testing.assert_close(ours[finite], exact[finite], rtol=1e-11, atol=1e-13 * largest)
-            continue
-        errors = ulps(ours, exact, dtype, floor)
-        theirs_at_most = ulps(theirs, exact, dtype, floor).where(theirs.isfinite(), 0).max().item()
-        allowed = max(allowed, theirs_at_most + 1)
-        at = errors.argmax()
-        if errors.max().item() > worst:
-            worst = errors.max().item()
-            message = f"{ours.flatten()[at]} for {exact.flatten()[at]:.9g}, torch says {theirs.flatten()[at]}"
-    assert worst <= allowed, f"{what} is {worst:.3g} ulp off, torch's at most {allowed - 1:.3g}: {message}"
+    assert ours.dtype == theirs.dtype, f"{what} is {ours.dtype}, torch's is {theirs.dtype}"
+    assert ours.shape == theirs.shape, f"{what} has shape {ours.shape}, torch's has {theirs.shape}"
+    if not ours.numel():
+        return
+    expected = exact.to(dtype)
+    finite = expected.isfinite()
+    wrong = finite & ~ours.isfinite() | (expected.isinf() & (theirs == expected) & (ours != expected))
+    assert not wrong.any(), f"{what} is {ours[wrong][0]} where {exact[wrong][0]} is right"
+    if dtype == torch.float64:
+        # The exact value is torch's own here, with what it rounds away: log p of 0.999 has lost four digits.
+        largest = exact[finite].abs().max().item() if finite.any() else 0.0
+        torch.testing.assert_close(ours[finite], exact[finite], rtol=1e-11, atol=1e-13 * largest)
+        return
+    errors = ulps(ours, exact, dtype, floor)
+    theirs_at_most = ulps(theirs, exact, dtype, floor).where(theirs.isfinite(), 0).max()
+    allowed = theirs_at_most + (1 if errors.numel() >= MANY else LUCK)
+    at = errors.argmax()
+    assert errors.max() <= allowed, (
+        f"{what} is {errors.max():.3g} ulp off, torch's at most {theirs_at_most:.3g}: {ours.flatten()[at]} for "
+        f"{exact.flatten()[at]:.9g}, torch says {theirs.flatten()[at]}"
+    )

@@ -52,6 +52,18 @@ def test_class_counts(classes: int, dtype: torch.dtype, reduction: str) -> None:
 
 
 @pytest.mark.every_level
+@pytest.mark.parametrize("target", ["index", "probability"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows(kind: str, dtype: torch.dtype, reduction: str, target: str) -> None:
+    logits, index = draw((2501, 10), kind, dtype)
+    if kind == "minus infinity first" and target == "probability":
+        logits = logits.nan_to_num(neginf=-1e4)
+    check(logits, index if target == "index" else probabilities(logits), reduction=reduction)
+
+
+@pytest.mark.every_level
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ import torch
 from accuracy import (
     CLASSES,
     DTYPES,
+    KINDS,
     LOW_DTYPES,
     REDUCTIONS,
     arrange,
@@ -76,9 +77,9 @@ def soft_or_hard(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tenso
 @pytest.mark.parametrize("alpha", [-1, 0.25])
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_sigmoid(gamma: float, alpha: float, dtype: torch.dtype, reduction: str, kind: str) -> None:
-    logits = (torch.randn(33, 17) * 2).to(dtype)
+    logits = (torch.randn(65, 33) * 2).to(dtype)
     logits.view(-1)[::11] = 0
-    check_sigmoid(logits, soft_or_hard((33, 17), kind, dtype), alpha, gamma, reduction)
+    check_sigmoid(logits, soft_or_hard((65, 33), kind, dtype), alpha, gamma, reduction)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,6 +155,15 @@ def test_softmax(gamma: float, alpha: str, dtype: torch.dtype, reduction: str) -
     index[::5] = 3
     alphas = {"none": None, "scalar": 0.3, "per class": (torch.rand(33) + 0.1).to(dtype)}
     check_softmax(logits, index, gamma=gamma, alpha=alphas[alpha], ignore_index=3, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_softmax_many_rows(gamma: float, kind: str, dtype: torch.dtype) -> None:
+    logits, index = draw((2501, 10), kind, dtype)
+    for reduction in ("mean", "none"):
+        check_softmax(logits, index, gamma=gamma, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
