@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C as _C
+from . import _C as _C  # type: ignore[attr-defined]
 
 _cuda = Path(__file__).with_name("_cuda.so")
 if _cuda.exists() and torch.cuda.is_available():
-    torch.ops.load_library(str(_cuda))
+    torch.ops.load_library(str(_cuda))  # type: ignore[no-untyped-call]
 
 scale_: Callable[[Tensor, Tensor], None] = torch.ops.fused_losses.scale_.default
 
