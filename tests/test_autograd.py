@@ -146,7 +146,7 @@ def test_a_gradient_is_the_callers_to_change(case: Case, reduction: str) -> None
 
 @every_case
 @every_reduction
-@pytest.mark.parametrize("upstream", [0.0, -1.0, 0.3, 1e-8, 1e8])
+@pytest.mark.parametrize("upstream", [0.0, -0.3, 1e8])
 def test_upstream_gradient(case: Case, reduction: str, upstream: float) -> None:
     logits, options = case.make(torch.float64)
     results = []

@@ -10,6 +10,7 @@ from accuracy import (
     DTYPES,
     LOW_DTYPES,
     REDUCTIONS,
+    TWO_PATHS,
     arrange,
     assert_accurate,
     layouts_of,
@@ -22,7 +23,7 @@ from fused_losses import reference
 
 SHAPES = [(7,), (9, 17), (3, 17, 5), (2, 5, 4, 6)]
 # 1 to 40 elements: every length of a vector loop's tail.
-SIZES = [(1,), (2,), (3,), (15,), (16,), (17,), (31,), (33,), (127,), (5, 1000), (3, 50257)]
+SIZES = [(1,), (2,), (3,), (15,), (16,), (17,), (31,), (33,), (127,), (5, 1000), (1, 50257)]
 
 
 def exact_with_logits(input: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -73,13 +74,14 @@ def logits_of(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.every_level
-@pytest.mark.parametrize("kind", ["hard", "soft"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SIZES)
-def test_sizes(shape: tuple[int, ...], dtype: torch.dtype, reduction: str, kind: str) -> None:
-    check_with_logits(logits_of(shape, "ordinary", dtype), targets(shape, kind, dtype), reduction=reduction)
-    check_probabilities(torch.rand(shape).to(dtype), targets(shape, kind, dtype), reduction=reduction)
+def test_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for reduction in REDUCTIONS:
+        for kind in ("hard", "soft"):
+            target = targets(shape, kind, dtype)
+            check_with_logits(logits_of(shape, "ordinary", dtype), target, reduction=reduction)
+            check_probabilities(torch.rand(shape).to(dtype), target, reduction=reduction)
 
 
 @pytest.mark.every_level
@@ -124,8 +126,7 @@ def test_no_cancellation_where_torch_has_it(positive: float, dtype: torch.dtype)
     assert relative_error(leaf.grad.abs()) <= 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "reduction"), TWO_PATHS)
 @pytest.mark.parametrize(
     "weight", [None, (), (1,), (6,), (5, 1), (1, 6), (5, 6), (4, 1, 1), (4, 5, 6)], ids=str
 )
@@ -144,8 +145,7 @@ def test_weights_broadcast(weight: Any, pos_weight: Any, dtype: torch.dtype, red
 
 
 @pytest.mark.every_level
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "reduction"), TWO_PATHS)
 @pytest.mark.parametrize("target_layout", ["contiguous", "sliced"])
 @pytest.mark.parametrize(("shape", "layout"), layouts_of(*SHAPES, (3, 40, 80)))
 def test_layouts(
@@ -201,9 +201,12 @@ def test_probabilities_of_zero_and_one(dtype: torch.dtype) -> None:
             loss = loss_of(leaf, target, reduction=reduction)
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             results.append((loss.detach(), gradient))
-        tolerance = 8 * torch.finfo(dtype).eps
+        # torch's 1e-12 is a float, whatever the dtype; in fp16 it is 0, and torch divides by that.
+        tolerance = max(8 * torch.finfo(dtype).eps, 1e-8)
         for ours, theirs in zip(*results, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0, equal_nan=True)
+            assert not ours.isnan().any()
+            held = theirs.isfinite() if dtype == torch.float16 else ~theirs.isnan()
+            torch.testing.assert_close(ours[held], theirs[held], rtol=tolerance, atol=0)
 
 
 @pytest.mark.every_level

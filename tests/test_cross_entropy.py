@@ -12,6 +12,7 @@ from accuracy import (
     KINDS,
     LOW_DTYPES,
     REDUCTIONS,
+    TWO_PATHS,
     arrange,
     assert_accurate,
     draw,
@@ -63,7 +64,6 @@ def test_many_rows(kind: str, dtype: torch.dtype, reduction: str, target: str) -
     check(logits, index if target == "index" else probabilities(logits), reduction=reduction)
 
 
-@pytest.mark.every_level
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +81,7 @@ def test_confident_and_extreme_logits(
 @pytest.mark.parametrize(
     "target", ["index", "ignored -100", "ignored class", "all of a class", "probability"]
 )
-@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_options(weighted: bool, smoothing: float, target: str, dtype: torch.dtype, reduction: str) -> None:
     logits, index = draw((65, 33), "ordinary", dtype)
@@ -100,7 +100,7 @@ def test_options(weighted: bool, smoothing: float, target: str, dtype: torch.dty
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("target", ["index", "probability"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -119,8 +119,7 @@ def test_shapes(
 
 
 @pytest.mark.every_level
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "reduction"), TWO_PATHS)
 @pytest.mark.parametrize("target", ["index", "probability"])
 @pytest.mark.parametrize(("shape", "layout"), layouts_of(*SHAPES, (85, 80)))
 def test_layouts(
@@ -221,9 +220,8 @@ def test_weights_that_sum_to_zero(reduction: str) -> None:
     )
 
 
-@pytest.mark.every_level
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("classes", [5, 64, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("classes", [5, 1000])
 @pytest.mark.parametrize("target", ["index", "probability"])
 @pytest.mark.parametrize(
     "poison", [[math.nan], [math.inf], [math.inf, math.inf], [-math.inf], [math.inf, -math.inf], "all -inf"]

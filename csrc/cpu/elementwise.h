@@ -166,17 +166,19 @@ static double elementwise_range(const ElementwiseArgs& a, int64_t begin, int64_t
   return sum;
 }
 
-template <class Loss>
+// Loss64 is the formula for double.
+template <class Loss, class Loss64 = Loss>
 static double elementwise_loss(const ElementwiseArgs& a, int64_t begin, int64_t end) {
   const bool want_value = a.value.data || a.want_sum;
-  const auto as = [&](auto type) {
+  const auto as = [&](auto type, auto loss) {
     using T = decltype(type);
+    using L = decltype(loss);
     return elementwise_range<T>(a, begin, end,
-                                !a.grad.data ? tile_loop<Loss, true, false, T>
-                                : want_value ? tile_loop<Loss, true, true, T>
-                                             : tile_loop<Loss, false, true, T>);
+                                !a.grad.data ? tile_loop<L, true, false, T>
+                                : want_value ? tile_loop<L, true, true, T>
+                                             : tile_loop<L, false, true, T>);
   };
-  return a.input.dtype == DType::f64 ? as(double{}) : as(float{});
+  return a.input.dtype == DType::f64 ? as(double{}, Loss64{}) : as(float{}, Loss{});
 }
 
 // The table of element-wise losses: one line a formula.
@@ -186,15 +188,16 @@ static double elementwise(const ElementwiseArgs& a, int64_t begin, int64_t end) 
     case Elementwise::bce: return elementwise_loss<Bce>(a, begin, end);
     case Elementwise::sigmoid_focal: break;
   }
+  using AnyFocal = SigmoidFocal<Focusing::above_one>;  // in double, not worth its code six times over
   switch (focusing_of(a.gamma)) {
     case Focusing::zero: return elementwise_loss<SigmoidFocal<Focusing::zero>>(a, begin, end);
     case Focusing::below_one: return elementwise_loss<SigmoidFocal<Focusing::below_one>>(a, begin, end);
-    case Focusing::one: return elementwise_loss<SigmoidFocal<Focusing::one>>(a, begin, end);
-    case Focusing::three_halves: return elementwise_loss<SigmoidFocal<Focusing::three_halves>>(a, begin, end);
-    case Focusing::two: return elementwise_loss<SigmoidFocal<Focusing::two>>(a, begin, end);
+    case Focusing::one: return elementwise_loss<SigmoidFocal<Focusing::one>, AnyFocal>(a, begin, end);
+    case Focusing::three_halves: return elementwise_loss<SigmoidFocal<Focusing::three_halves>, AnyFocal>(a, begin, end);
+    case Focusing::two: return elementwise_loss<SigmoidFocal<Focusing::two>, AnyFocal>(a, begin, end);
     case Focusing::above_one: break;
   }
-  return elementwise_loss<SigmoidFocal<Focusing::above_one>>(a, begin, end);
+  return elementwise_loss<AnyFocal>(a, begin, end);
 }
 
 template <class T>

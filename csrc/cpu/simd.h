@@ -233,20 +233,13 @@ struct Wide {
   vd low, high;
   friend FL_INLINE Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
   friend FL_INLINE Wide operator/(Wide a, Wide b) { return {a.low / b.low, a.high / b.high}; }
+  friend FL_INLINE Wide operator+(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
   friend FL_INLINE Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
 };
 FL_FN Wide wide(vf v) { return {__builtin_convertvector(low_half(v), vd), __builtin_convertvector(high_half(v), vd)}; }
 FL_FN vd wide(vd v) { return v; }
 FL_FN vf round_once(Wide w) { return join(w.low, w.high); }
 FL_FN vd round_once(vd w) { return w; }
-template <class V>
-FL_FN auto wide_broadcast(double value) {
-  if constexpr (__is_same(V, vd))
-    return broadcast<vd>(value);
-  else
-    return Wide{broadcast<vd>(value), broadcast<vd>(value)};
-}
-
 // Sums are taken in double, so that their error does not grow with the count.
 FL_FN vd to_double_sum(vf v) {
   return __builtin_convertvector(low_half(v), vd) + __builtin_convertvector(high_half(v), vd);

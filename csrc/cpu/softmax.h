@@ -77,6 +77,18 @@ struct Cursor {
   }
 };
 
+// What rounding `exact` to `rounded` lost. The gradient (A + Q) p_j - q_j is a difference of numbers that may be close:
+// its factor (A + Q) / sum is kept in two parts. 0 where the factor is not finite.
+FL_FN double what_is_left(double exact, double rounded) {
+  const double left = exact - rounded;
+  return left == left ? left : 0;
+}
+FL_FN vf what_is_left(Wide exact, vf rounded) {
+  const vf left = round_once(exact - wide(rounded));
+  return select<vf>(left == left, left, vf{});
+}
+FL_FN vd what_is_left(vd, vd) { return vd{}; }
+
 template <class T>
 constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : static_cast<T>(-__FLT_MAX__);
 
@@ -216,32 +228,22 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       const V scale = broadcast<V>(static_cast<T>(upstream));
       for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
         const int64_t n = b + block < classes ? block : classes - b;
-        const T shift = block_maximum[k] == maximum ? T{1} : exp_scalar(block_maximum[k] - maximum);
-        const V factor = broadcast<V>(static_cast<T>(softmax * shift));
+        const double factor = softmax * (block_maximum[k] == maximum ? T{1} : exp_scalar(block_maximum[k] - maximum));
+        const V high = broadcast<V>(static_cast<T>(factor));
+        const V low = broadcast<V>(static_cast<T>(what_is_left(factor, high[0])));
+        const T* t = dense ? target_of(b, n) : nullptr;
+        const auto gradient = [&](V term, V q) {
+          const V small = dense ? term * low - scale * q : term * low;
+          return term * high + small;
+        };
         T* g = e + b;
         int64_t j = 0;
-        if (dense && a.probability) {
-          // p - t loses digits where they are close: only the exponential may have been rounded before.
-          const T* t = target_of(b, n);
-          const auto exact_factor = wide_broadcast<V>(softmax * shift), exact_scale = wide_broadcast<V>(upstream);
-          for (; j + lanes <= n; j += lanes)
-            store(g + j, round_once(wide(load(g + j)) * exact_factor - exact_scale * wide(target.whole(b + j, t + j))));
-          if (j < n)
-            store_part(g + j, n - j,
-                       round_once(wide(load_part<V>(g + j, n - j, 0)) * exact_factor -
-                                  exact_scale * wide(target.part(b + j, t + j, n - j))));
-        } else {
-          for (; j + lanes <= n; j += lanes) {
-            V grad = load(g + j) * factor;
-            if constexpr (dense) grad -= scale * target.whole(b + j, nullptr);
-            store(g + j, grad);
-          }
-          if (j < n) {
-            V grad = load_part<V>(g + j, n - j, 0) * factor;
-            if constexpr (dense) grad -= scale * target.part(b + j, nullptr, n - j);
-            store_part(g + j, n - j, grad);
-          }
-        }
+        for (; j + lanes <= n; j += lanes)
+          store(g + j, gradient(load(g + j), dense ? target.whole(b + j, t ? t + j : nullptr) : V{}));
+        if (j < n)
+          store_part(
+              g + j, n - j,
+              gradient(load_part<V>(g + j, n - j, 0), dense ? target.part(b + j, t ? t + j : nullptr, n - j) : V{}));
         if (y >= b && y < b + n) {
           double grad = loss.target[0];
           if constexpr (dense)
@@ -417,8 +419,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       }
     }
 
-    V softmax[vectors], at_target[vectors], scale[vectors];
-    decltype(wide(V{})) exact_softmax[vectors];
+    V softmax[vectors], softmax_low[vectors] = {}, at_target[vectors], scale[vectors];
     I live[vectors];
 #pragma GCC unroll 4
     for (int u = 0; u < vectors; ++u) {
@@ -444,9 +445,15 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       if constexpr (want_grad) {
         scale[u] = load(upstream_lane + u * lanes);
         const V q_total = dense ? q_sum[u].total : V{};
-        softmax[u] = (loss.softmax + q_total) * inverse * scale[u];
         at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
-        if constexpr (dense) exact_softmax[u] = wide(q_total) * wide(scale[u]) / wide(sums.rest);
+        if constexpr (dense) {
+          const auto exact =
+              (wide(loss.softmax) + wide(q_total)) * wide(scale[u]) / (wide(sums.rest) + wide(sums.target_term));
+          softmax[u] = round_once(exact);
+          softmax_low[u] = what_is_left(exact, softmax[u]);
+        } else {
+          softmax[u] = loss.softmax * inverse * scale[u];
+        }
       }
     }
 
@@ -456,15 +463,15 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 #pragma GCC unroll 4
         for (int u = 0; u < vectors; ++u) {
           const V term = load(e + c * e_pitch + u * lanes);
-          V grad;
-          if (dense && t) {
-            // p - t loses digits where they are close: only the exponential may have been rounded before.
-            const V q = class_weight * (target.keep * load(t + c * t_pitch + u * lanes) + target.smooth);
-            grad = round_once(wide(term) * exact_softmax[u] - wide(scale[u]) * wide(q));
-          } else {
-            grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_target[u], term * softmax[u]);
-            if constexpr (dense) grad -= scale[u] * class_weight * target.smooth;
+          V grad = term * softmax[u];
+          V at_this = at_target[u];
+          if constexpr (dense) {
+            const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+            const V small = term * softmax_low[u] - scale[u] * q;
+            grad = term * softmax[u] + small;
+            at_this -= scale[u] * q;
           }
+          grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_this, grad);
           store(e + c * e_pitch + u * lanes, select<V>(live[u], grad, V{}));
         }
       }

@@ -3,26 +3,25 @@
 //   value = (1 - t) softplus(x) + pw t softplus(-x)
 //   grad  = (1 - t) s - pw t (1 - s)
 // torch writes the value as (1 - t) x + (1 + (pw - 1) t) softplus(-x), whose two terms cancel where x is far
-// below zero and t = 0, which is where a detector's background lives. Here both terms have the same sign.
+// below zero and t = 0, which is where a detector's background lives. See sigmoid.h for a form that does not.
 struct BceWithLogits {
   template <class V, class Params>
   static FL_INLINE ValueGrad<V> apply(V x, V t, V pos_weight, const Params&) {
-    const auto [s, q, softplus, softplus_minus] = sigmoid(x);
-    const V negative = 1 - t, positive = pos_weight * t;
-    return {negative * softplus + positive * softplus_minus, negative * s - positive * q};
+    return sigmoid_cross_entropy(x, t, pos_weight, sigmoid(x));
   }
 };
 
 //   value = -t max(log p, -100) - (1 - t) max(log(1 - p), -100)
 //   grad  = (p - t) / max(p (1 - p), 1e-12)
-// The clamps are torch's: they keep value and gradient finite at p = 0 and p = 1. A probability outside [0, 1] makes
-// the value NaN by its logarithm, and a target outside does by intent: the host looks for them only where it meets one.
+// The clamps are torch's (1e-12 a float in every dtype): they keep value and gradient finite at p = 0 and p = 1. A
+// probability outside [0, 1] makes the value NaN by its logarithm, and a target outside does by intent: the host looks
+// for them only where it meets one.
 struct Bce {
   template <class V, class Params>
   static FL_INLINE ValueGrad<V> apply(V p, V t, V, const Params&) {
     const V floor = broadcast<V>(-100);
     const V value = (t - 1) * at_least(log1p(-p), floor) - t * at_least(log(p), floor);
     const V checked = select<V>((t >= 0) & (t <= 1), value, broadcast<V>(__builtin_nan("")));
-    return {checked, (p - t) / at_least((1 - p) * p, broadcast<V>(1e-12))};
+    return {checked, (p - t) / at_least((1 - p) * p, broadcast<V>(1e-12f))};
   }
 };

@@ -35,8 +35,9 @@ FL_FN RowLoss<V> cross_entropy_row(RowSums<V> row, V weight) {
 // q = 0 happens where p_y rounds to 1: the value and c are 0 then for every g > 0.
 template <class V>
 FL_FN RowLoss<V> softmax_focal_row(RowSums<V> row, V alpha, double gamma) {
-  const V inverse = 1 / (row.rest + row.target_term);
-  const V p = row.target_term * inverse, q = row.rest * inverse;
+  const V sum = row.rest + row.target_term;
+  // q is raised to a power, which multiplies its error: take it from the smaller of the two terms.
+  const V p = row.target_term / sum, q = select<V>(row.target_term < row.rest, 1 - p, row.rest / sum);
   const V nll = log_sum(row) + row.target_distance;
   const V focus = alpha * power(q, gamma);
   // nll / q -> 1 as q -> 0

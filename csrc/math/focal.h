@@ -12,7 +12,7 @@ inline Focusing focusing_of(double gamma) {
 }
 
 // With s = sigmoid(x), ce = binary cross entropy with pos_weight, and
-//   u  = s (1 - t) + (1 - s) t          how wrong the prediction is; no cancellation in this form
+//   u  = s (1 - t) + (1 - s) t          how wrong the prediction is
 //   a  = alpha_positive t + alpha_negative (1 - t)
 //   value = a u^g ce
 //   grad  = a (u^g ce' + g u^(g-1) (1 - 2t) s (1 - s) ce)
@@ -20,12 +20,12 @@ template <Focusing focusing>
 struct SigmoidFocal {
   template <class V, class Params>
   static FL_INLINE ValueGrad<V> apply(V x, V t, V pos_weight, const Params& params) {
-    const auto [s, q, softplus, softplus_minus] = sigmoid(x);
-    const V negative = 1 - t, positive = pos_weight * t;
-    const V ce = negative * softplus + positive * softplus_minus;
-    const V ce_grad = negative * s - positive * q;
-    const V u = s * negative + q * t;
-    const V sq = s * q * (negative - t);
+    const Sigmoid<V> sigma = sigmoid(x);
+    const ValueGrad<V> ce = sigmoid_cross_entropy(x, t, pos_weight, sigma);
+    const V negative = 1 - t;
+    const V other = select<V>(x >= 0, negative, t), difference = negative - t;  // u where far is 0
+    const V u = other + select<V>(x >= 0, -difference, difference) * sigma.far;
+    const V sq = (sigma.far - sigma.far * sigma.far) * difference;
     const V alpha = params.alpha_positive * t + params.alpha_negative * negative;
 
     V factor, slope;  // u^g, and g u^(g-1) (1 - 2t) s (1 - s)
@@ -51,6 +51,6 @@ struct SigmoidFocal {
       factor = power(u, params.gamma_double);
       slope = params.gamma * factor * select<V>(u > 0, sq / u, V{});
     }
-    return {alpha * factor * ce, alpha * (factor * ce_grad + slope * ce)};
+    return {alpha * factor * ce.value, alpha * (factor * ce.grad + slope * ce.value)};
   }
 };
