@@ -54,15 +54,6 @@ template <class V>
 FL_FN V select(typename Lanes<V>::Int mask, V yes, V no) {
   return mask ? yes : no;
 }
-// A NaN in `a` stays: the comparison is false for it.
-template <class V>
-FL_FN V at_least(V a, V low) {
-  return a < low ? low : a;
-}
-template <class V>
-FL_FN V at_most(V a, V high) {
-  return a > high ? high : a;
-}
 template <class To, class From>
 FL_FN To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
@@ -89,30 +80,50 @@ FL_FN typename Lanes<V>::Int lane_numbers() {
   return bits<I>(numbers);
 }
 
-FL_FN vf square_root(vf x) {
+// What compilers do not find by themselves: the greater or the smaller of two numbers, where the instruction's second
+// operand is the one to stay if either is NaN, and square roots.
+// _mm512_maskz_*: GCC warns of an uninitialised variable inside the unmasked forms.
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
-  return bits<vf>(_mm512_maskz_sqrt_ps(0xffff, bits<__m512>(x)));
+#define FL_FLOAT_OP(op, ...) bits<vf>(_mm512_maskz_##op##_ps(0xffff, __VA_ARGS__))
+#define FL_DOUBLE_OP(op, ...) bits<vd>(_mm512_maskz_##op##_pd(0xff, __VA_ARGS__))
+typedef __m512 native_vf;
+typedef __m512d native_vd;
 #elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
-  return bits<vf>(_mm256_sqrt_ps(bits<__m256>(x)));
+#define FL_FLOAT_OP(op, ...) bits<vf>(_mm256_##op##_ps(__VA_ARGS__))
+#define FL_DOUBLE_OP(op, ...) bits<vd>(_mm256_##op##_pd(__VA_ARGS__))
+typedef __m256 native_vf;
+typedef __m256d native_vd;
 #elif FUSED_LOSSES_X86
-  return bits<vf>(_mm_sqrt_ps(bits<__m128>(x)));
+#define FL_FLOAT_OP(op, ...) bits<vf>(_mm_##op##_ps(__VA_ARGS__))
+#define FL_DOUBLE_OP(op, ...) bits<vd>(_mm_##op##_pd(__VA_ARGS__))
+typedef __m128 native_vf;
+typedef __m128d native_vd;
+#endif
+#ifdef FL_FLOAT_OP
+FL_FN vf at_least(vf a, vf low) { return FL_FLOAT_OP(max, bits<native_vf>(low), bits<native_vf>(a)); }
+FL_FN vd at_least(vd a, vd low) { return FL_DOUBLE_OP(max, bits<native_vd>(low), bits<native_vd>(a)); }
+FL_FN vf at_most(vf a, vf high) { return FL_FLOAT_OP(min, bits<native_vf>(high), bits<native_vf>(a)); }
+FL_FN vd at_most(vd a, vd high) { return FL_DOUBLE_OP(min, bits<native_vd>(high), bits<native_vd>(a)); }
+FL_FN vf square_root(vf x) { return FL_FLOAT_OP(sqrt, bits<native_vf>(x)); }
+FL_FN vd square_root(vd x) { return FL_DOUBLE_OP(sqrt, bits<native_vd>(x)); }
 #else
+template <class V>
+FL_FN V at_least(V a, V low) {
+  return a < low ? low : a;
+}
+template <class V>
+FL_FN V at_most(V a, V high) {
+  return a > high ? high : a;
+}
+FL_FN vf square_root(vf x) {
   for (int i = 0; i < Lanes<vf>::count; ++i) x[i] = __builtin_sqrtf(x[i]);
   return x;
-#endif
 }
 FL_FN vd square_root(vd x) {
-#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
-  return bits<vd>(_mm512_maskz_sqrt_pd(0xff, bits<__m512d>(x)));
-#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
-  return bits<vd>(_mm256_sqrt_pd(bits<__m256d>(x)));
-#elif FUSED_LOSSES_X86
-  return bits<vd>(_mm_sqrt_pd(bits<__m128d>(x)));
-#else
   for (int i = 0; i < Lanes<vd>::count; ++i) x[i] = __builtin_sqrt(x[i]);
   return x;
-#endif
 }
+#endif
 
 // Storage types. bf16 and fp16 are two bytes in memory and a float in a register.
 struct bf16 {
@@ -195,14 +206,26 @@ FL_FN void store(S* p, vf v) {
   const vh raw = narrow(v, S{});
   __builtin_memcpy(p, &raw, sizeof raw);
 }
-// The first n < lanes elements; the other lanes read `fill` and are not written.
-template <class V, class S>
-FL_CALL V load_part(const S* p, int64_t n, typename Lanes<V>::Scalar fill) {
-  S raw[Lanes<V>::count] = {};
+// The first n < lanes elements; the other lanes read `fill`, and are neither touched in memory nor written.
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+FL_FN vf load_lanes(const float* p, int64_t n) { return bits<vf>(_mm512_maskz_loadu_ps((1u << n) - 1, p)); }
+FL_FN vd load_lanes(const double* p, int64_t n) { return bits<vd>(_mm512_maskz_loadu_pd((1u << n) - 1, p)); }
+template <class S>
+FL_FN vf load_lanes(const S* p, int64_t n) {
+  return widen(bits<vh>(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), S{});
+}
+FL_FN void store_part(float* p, int64_t n, vf v) { _mm512_mask_storeu_ps(p, (1u << n) - 1, bits<__m512>(v)); }
+FL_FN void store_part(double* p, int64_t n, vd v) { _mm512_mask_storeu_pd(p, (1u << n) - 1, bits<__m512d>(v)); }
+template <class S>
+FL_FN void store_part(S* p, int64_t n, vf v) {
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits<__m256i>(narrow(v, S{})));
+}
+#else
+template <class S>
+FL_CALL auto load_lanes(const S* p, int64_t n) {
+  S raw[FUSED_LOSSES_VECTOR_BYTES / sizeof(typename ComputeOf<S>::T)] = {};
   for (int64_t i = 0; i < n; ++i) raw[i] = p[i];
-  using I = typename Lanes<V>::Int;
-  using Lane = decltype(I{}[0] + 0);
-  return select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(n), load(raw), broadcast<V>(fill));
+  return load(raw);
 }
 template <class V, class S>
 FL_CALL void store_part(S* p, int64_t n, V v) {
@@ -210,7 +233,28 @@ FL_CALL void store_part(S* p, int64_t n, V v) {
   store(raw, v);
   for (int64_t i = 0; i < n; ++i) p[i] = raw[i];
 }
+#endif
+template <class V, class S>
+FL_FN V load_part(const S* p, int64_t n, typename Lanes<V>::Scalar fill) {
+  using I = typename Lanes<V>::Int;
+  using Lane = decltype(I{}[0] + 0);
+  return select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(n), load_lanes(p, n), broadcast<V>(fill));
+}
 
+#if FUSED_LOSSES_VECTOR_BYTES == 64
+#define FL_LOW_LANES 0, 1, 2, 3, 4, 5, 6, 7
+#define FL_HIGH_LANES 8, 9, 10, 11, 12, 13, 14, 15
+#elif FUSED_LOSSES_VECTOR_BYTES == 32
+#define FL_LOW_LANES 0, 1, 2, 3
+#define FL_HIGH_LANES 4, 5, 6, 7
+#else
+#define FL_LOW_LANES 0, 1
+#define FL_HIGH_LANES 2, 3
+#endif
+#if defined(__clang__) || __GNUC__ >= 12  // stays in registers; GCC 11 has to go through memory
+FL_FN half_vf low_half(vf v) { return __builtin_shufflevector(v, v, FL_LOW_LANES); }
+FL_FN half_vf high_half(vf v) { return __builtin_shufflevector(v, v, FL_HIGH_LANES); }
+#else
 FL_FN half_vf low_half(vf v) {
   half_vf h;
   __builtin_memcpy(&h, &v, sizeof h);
@@ -221,6 +265,7 @@ FL_FN half_vf high_half(vf v) {
   __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof h, sizeof h);
   return h;
 }
+#endif
 FL_FN vf join(vd low, vd high) {
   struct Halves {
     half_vf low, high;
@@ -238,6 +283,13 @@ struct Wide {
 };
 FL_FN Wide wide(vf v) { return {__builtin_convertvector(low_half(v), vd), __builtin_convertvector(high_half(v), vd)}; }
 FL_FN vd wide(vd v) { return v; }
+FL_FN Wide load_wide(const double* p, vf) { return {load(p), load(p + Lanes<vd>::count)}; }
+FL_FN vd load_wide(const double* p, vd) { return load(p); }
+FL_FN void store_wide(double* p, Wide w) {
+  store(p, w.low);
+  store(p + Lanes<vd>::count, w.high);
+}
+FL_FN void store_wide(double* p, vd w) { store(p, w); }
 FL_FN vf round_once(Wide w) { return join(w.low, w.high); }
 FL_FN vd round_once(vd w) { return w; }
 // Sums are taken in double, so that their error does not grow with the count.
@@ -245,17 +297,27 @@ FL_FN vd to_double_sum(vf v) {
   return __builtin_convertvector(low_half(v), vd) + __builtin_convertvector(high_half(v), vd);
 }
 FL_FN vd to_double_sum(vd v) { return v; }
-FL_CALL double sum_lanes(vd v) {
-  double sum = 0;
-  for (int i = 0; i < Lanes<vd>::count; ++i) sum += v[i];
-  return sum;
+FL_FN vd to_double_sum(Wide w) { return w.low + w.high; }
+
+// Across the lanes: halves are folded onto each other, log2(lanes) steps.
+template <class S, int n>
+struct Few {
+  typedef S V __attribute__((vector_size(n * sizeof(S))));
+};
+template <class S, int n, class F>
+FL_FN S fold_lanes(typename Few<S, n>::V v, F f) {
+  if constexpr (n == 2) {
+    return f(v[0], v[1]);
+  } else {
+    typename Few<S, n / 2>::V halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    return fold_lanes<S, n / 2>(f(halves[0], halves[1]), f);
+  }
+}
+FL_FN double sum_lanes(vd v) {
+  return fold_lanes<double, Lanes<vd>::count>(v, [](auto a, auto b) { return a + b; });
 }
 template <class V>
-FL_CALL typename Lanes<V>::Scalar max_lanes(V v) {
-  // Halves are folded onto each other: log2(lanes) steps.
-  typename Lanes<V>::Scalar lane[Lanes<V>::count];
-  store(lane, v);
-  for (int width = Lanes<V>::count / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] = lane[i] < lane[i + width] ? lane[i + width] : lane[i];
-  return lane[0];
+FL_FN typename Lanes<V>::Scalar max_lanes(V v) {
+  return fold_lanes<typename Lanes<V>::Scalar, Lanes<V>::count>(v, [](auto a, auto b) { return a < b ? b : a; });
 }

@@ -3,6 +3,7 @@
 // softmax_rows: classes are contiguous, a vector holds neighbouring classes of one row. The row is read from
 //   memory once: block by block, its maximum is found and its exponentials are summed and stored while the
 //   block sits in L1; a second sweep over the stored exponentials, now in L2, turns them into the gradient.
+//   Between the two stand the row's formulas, evaluated for a group of short rows at once.
 // softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes.
 //   For (N, C, d1, ...) logits the positions are contiguous and used where they lie; for short rows and for any
 //   other strides a group of positions is transposed into a tile first.
@@ -96,6 +97,7 @@ constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : stati
 
 constexpr int kMaxBlocks = 64;
 constexpr int64_t kBlock = 1024;  // classes: the logits and exponentials of a block stay in L1
+constexpr int64_t kGroup = 8192;  // logits: those of a group of short rows stay in L2
 
 template <class T, bool dense, bool want_grad>
 static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t end) {
@@ -108,150 +110,208 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
   const int64_t classes = a.classes;
   int64_t block = kBlock;
   while (block * kMaxBlocks < classes) block *= 2;
+  // The formulas of a row cost as much for one row as for a vector of them: short rows are taken in groups.
+  const int64_t fit = kGroup / classes, group = classes > block ? 1 : fit < lanes ? fit : lanes;
 
-  // Exponentials are kept in the gradient's own memory where its type allows; for fp16 and bf16 in a row of the
+  // Exponentials are kept in the gradient's own memory where its type allows; for fp16 and bf16 in rows of the
   // compute type, so that they are rounded once.
   const bool narrow = dtype != compute_dtype<T>;
-  const auto row = std::unique_ptr<T[]>(narrow ? new T[want_grad ? classes : block] : nullptr);
+  const auto rows = std::unique_ptr<T[]>(narrow ? new T[want_grad ? group * classes : block] : nullptr);
   const auto target_block = std::unique_ptr<T[]>(narrow && a.probability ? new T[block] : nullptr);
   const DenseTarget<T> target{static_cast<const T*>(a.weight),
                               static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
+  const auto target_of = [&](int64_t offset, int64_t n) -> const T* {
+    if (!dense || !a.probability) return nullptr;
+    return stage_run<T>(dtype, a.probability, offset, 1, n, target_block.get());
+  };
   double total = 0;
 
+  // What one pass over each row of a group leaves behind, a lane a row.
+  int64_t index[lanes], grad_offset[lanes], probability_offset[lanes];
+  bool live[lanes];
+  T* exponentials[lanes];
+  T maximum[lanes], block_maximum[kMaxBlocks];  // the latter of the one row of a group with several blocks
+  alignas(64) T target_distance[lanes], weight[lanes];
+  alignas(64) double rest[lanes], q_sum[lanes], q_distance[lanes], scale[lanes], factor[lanes], at_target[lanes];
+
   Cursor cursor(a, begin);
-  for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
-    int64_t y = -1;
-    if (a.index) {
-      y = a.index[p];
-      if (y == a.ignore_index) {
-        if (a.value) store_scalar<T>(dtype, a.value, p, 0);
+  for (int64_t first = begin; first < end; first += group) {
+    const int64_t count = end - first < group ? end - first : group;
+    for (int i = 0; i < lanes; ++i) {  // harmless numbers where there is no row
+      live[i] = false;
+      target_distance[i] = weight[i] = 0;
+      rest[i] = 1;
+      q_sum[i] = q_distance[i] = scale[i] = 0;
+    }
+    for (int64_t i = 0; i < count; ++i, cursor.advance(1)) {
+      const int64_t p = first + i, y = a.index ? a.index[p] : -1;
+      if (a.index && y == a.ignore_index) {
         if constexpr (want_grad) {
           const int64_t size = dtype == DType::f64 ? 8 : narrow ? 2 : 4;
           __builtin_memset(static_cast<char*>(a.grad) + cursor.grad * size, 0, classes * size);
         }
         continue;
       }
-    }
-    const T target_logit = y >= 0 ? load_scalar<T>(dtype, a.logits, cursor.logits + y) : 0;
-    T* e = nullptr;  // [C] exponentials, then the gradient
-    if constexpr (want_grad) e = narrow ? row.get() : static_cast<T*>(a.grad) + cursor.grad;
-    const auto target_of = [&](int64_t b, int64_t n) -> const T* {
-      if (!a.probability) return nullptr;
-      return stage_run<T>(dtype, a.probability, cursor.probability + b, 1, n, target_block.get());
-    };
+      live[i] = true;
+      index[i] = y;
+      grad_offset[i] = cursor.grad;
+      probability_offset[i] = cursor.probability;
+      scale[i] = a.grad_scale * (a.upstream ? load_scalar<T>(dtype, a.upstream, p) : 1);
+      T* e = nullptr;  // [C] exponentials, then the gradient
+      if constexpr (want_grad) e = narrow ? rows.get() + i * classes : static_cast<T*>(a.grad) + cursor.grad;
+      exponentials[i] = e;
+      // Read now: where the gradient overwrites the logits it is gone later.
+      const T target_logit = y >= 0 ? load_scalar<T>(dtype, a.logits, cursor.logits + y) : 0;
 
-    T maximum = lowest<T>, block_maximum[kMaxBlocks];
-    double rest = 0, dense_sum = 0, dense_distance = 0;  // relative to `maximum`
-    for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
-      const int64_t n = b + block < classes ? block : classes - b;
-      const int64_t whole = n / lanes * lanes;
-      const T* x = stage_run<T>(dtype, a.logits, cursor.logits + b, 1, n, want_grad ? e + b : row.get());
-      const T* t = dense ? target_of(b, n) : nullptr;
-
-      V highest[4] = {broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>),
-                      broadcast<V>(lowest<T>)};
-      int64_t j = 0;
-      for (; j + 4 * lanes <= whole; j += 4 * lanes)
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
-      for (; j < whole; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
-      if (whole < n) highest[0] = at_least(load_part<V>(x + whole, n - whole, lowest<T>), highest[0]);
-      const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
-      if (top > maximum) {
-        if (b > 0) {
-          rest *= exp_scalar(maximum - top);
-          if (dense) dense_distance += dense_sum * (static_cast<double>(top) - maximum);
-        }
-        maximum = top;
-      }
-      block_maximum[k] = maximum;
-
-      V sum{}, q_sum{}, q_distance{};
-      const auto step = [&](int64_t j) {
-        const V distance = maximum - load(x + j);
-        const V term = exp(-distance);
-        if constexpr (want_grad) store(e + b + j, term);
-        if constexpr (dense) {
-          const V q = target.whole(b + j, t ? t + j : nullptr);
-          q_sum += q;
-          q_distance += q * distance;
-        }
-        return term;
-      };
-      const auto without = [&](V term, int64_t lane) {
-        return select<V>(lane_numbers<V>() == I{} + static_cast<Lane>(lane), V{}, term);
-      };
-      const int64_t target_vector = y >= b && y < b + whole ? (y - b) / lanes * lanes : whole;
-      for (j = 0; j < target_vector; j += lanes) sum += step(j);
-      if (j < whole) {  // the target's own term is kept out of the sum
-        sum += without(step(j), y - b - j);
-        for (j += lanes; j < whole; j += lanes) sum += step(j);
-      }
-      if (const int64_t left = n - whole; left > 0) {
-        const V distance = maximum - load_part<V>(x + whole, left, -static_cast<T>(__builtin_inf()));
-        const V term = exp(-distance);
-        if constexpr (want_grad) store_part(e + b + whole, left, term);
-        if constexpr (dense) {
-          const V q = target.part(b + whole, t ? t + whole : nullptr, left);
-          q_sum += q;
-          q_distance += select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(left), q * distance, V{});
-        }
-        sum += y >= b + whole && y < b + n ? without(term, y - b - whole) : term;
-      }
-      rest += sum_lanes(to_double_sum(sum));
-      if constexpr (dense) {
-        dense_sum += sum_lanes(to_double_sum(q_sum));
-        dense_distance += sum_lanes(to_double_sum(q_distance));
-      }
-    }
-
-    // One row's formula, on a vector whose lanes are all the same.
-    RowSums<V> sums{V{}, V{}, broadcast<V>(static_cast<T>(rest))};
-    RowLoss<V> loss{};
-    if (y >= 0) {
-      sums.target_distance = broadcast<V>(maximum - target_logit);
-      sums.target_term = exp(-sums.target_distance);
-      const T weight = target.weight ? target.weight[y] : T{1};
-      loss = a.gamma > 0 ? softmax_focal_row(sums, broadcast<V>(weight), a.gamma)
-                         : cross_entropy_row(sums, broadcast<V>(static_cast<T>(weight * (1 - a.label_smoothing))));
-    }
-    double value = loss.value[0];
-    if constexpr (dense) value += dense_distance + dense_sum * log_sum(sums)[0];
-    total += value;
-    if (a.value) store_scalar<T>(dtype, a.value, p, static_cast<T>(value));
-
-    if constexpr (want_grad) {
-      const double upstream = a.grad_scale * (a.upstream ? load_scalar<T>(dtype, a.upstream, p) : 1);
-      const double all = rest + sums.target_term[0];
-      const double softmax = (loss.softmax[0] + (dense ? dense_sum : 0)) * upstream / all;
-      const V scale = broadcast<V>(static_cast<T>(upstream));
+      T top_so_far = lowest<T>;
+      double row_rest = 0, row_q = 0, row_q_distance = 0;  // relative to top_so_far
       for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
         const int64_t n = b + block < classes ? block : classes - b;
-        const double factor = softmax * (block_maximum[k] == maximum ? T{1} : exp_scalar(block_maximum[k] - maximum));
-        const V high = broadcast<V>(static_cast<T>(factor));
-        const V low = broadcast<V>(static_cast<T>(what_is_left(factor, high[0])));
-        const T* t = dense ? target_of(b, n) : nullptr;
-        const auto gradient = [&](V term, V q) {
-          const V small = dense ? term * low - scale * q : term * low;
-          return term * high + small;
-        };
-        T* g = e + b;
+        const int64_t whole = n / lanes * lanes;
+        const T* x = stage_run<T>(dtype, a.logits, cursor.logits + b, 1, n, want_grad ? e + b : rows.get());
+        const T* t = target_of(cursor.probability + b, n);
+
+        V highest[4] = {broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>),
+                        broadcast<V>(lowest<T>)};
         int64_t j = 0;
-        for (; j + lanes <= n; j += lanes)
-          store(g + j, gradient(load(g + j), dense ? target.whole(b + j, t ? t + j : nullptr) : V{}));
-        if (j < n)
-          store_part(
-              g + j, n - j,
-              gradient(load_part<V>(g + j, n - j, 0), dense ? target.part(b + j, t ? t + j : nullptr, n - j) : V{}));
-        if (y >= b && y < b + n) {
-          double grad = loss.target[0];
-          if constexpr (dense)
-            grad += dense_sum * (sums.target_term[0] / all) -
-                    static_cast<double>(target.smooth) * (target.weight ? target.weight[y] : T{1});
-          e[y] = static_cast<T>(grad * upstream);
+        for (; j + 4 * lanes <= whole; j += 4 * lanes)
+#pragma GCC unroll 4
+          for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
+        for (; j < whole; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
+        if (whole < n) highest[1] = at_least(load_part<V>(x + whole, n - whole, lowest<T>), highest[1]);
+        const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
+        if (top > top_so_far) {
+          if (b > 0) {
+            row_rest *= exp_scalar(top_so_far - top);
+            if (dense) row_q_distance += row_q * (static_cast<double>(top) - top_so_far);
+          }
+          top_so_far = top;
         }
-        unstage_run<T>(dtype, a.grad, cursor.grad + b, 1, n, g);
+        if (k < kMaxBlocks) block_maximum[k] = top_so_far;
+
+        // Few additions in T before the sum goes on in double: in a confident row one lane holds a 1 to round at.
+        vd total_term{}, total_q{}, total_q_distance{};
+        V sum{}, sum_q{}, sum_q_distance{};
+        const auto flush = [&] {
+          total_term += to_double_sum(sum);
+          sum = V{};
+          if constexpr (dense) {
+            total_q += to_double_sum(sum_q);
+            total_q_distance += to_double_sum(sum_q_distance);
+            sum_q = sum_q_distance = V{};
+          }
+        };
+        const auto step = [&](int64_t j) {
+          const V distance = top_so_far - load(x + j);
+          const V term = exp(-distance);
+          if constexpr (want_grad) store(e + b + j, term);
+          if constexpr (dense) {
+            const V q = target.whole(b + j, t ? t + j : nullptr);
+            sum_q += q;
+            sum_q_distance += q * distance;
+          }
+          return term;
+        };
+        const auto steps = [&](int64_t j, int64_t until) {
+          for (; j + 4 * lanes <= until; j += 4 * lanes) {
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; ++u) sum += step(j + u * lanes);
+            flush();
+          }
+          for (; j < until; j += lanes) sum += step(j);
+          flush();
+        };
+        const auto without = [&](V term, int64_t lane) {
+          return select<V>(lane_numbers<V>() == I{} + static_cast<Lane>(lane), V{}, term);
+        };
+        const int64_t target_vector = y >= b && y < b + whole ? (y - b) / lanes * lanes : whole;
+        steps(0, target_vector);
+        if (target_vector < whole) {  // the target's own term is kept out of the sum
+          sum += without(step(target_vector), y - b - target_vector);
+          steps(target_vector + lanes, whole);
+        }
+        if (const int64_t left = n - whole; left > 0) {
+          const V distance = top_so_far - load_part<V>(x + whole, left, -static_cast<T>(__builtin_inf()));
+          const V term = exp(-distance);
+          if constexpr (want_grad) store_part(e + b + whole, left, term);
+          if constexpr (dense) {
+            const V q = target.part(b + whole, t ? t + whole : nullptr, left);
+            sum_q += q;
+            sum_q_distance += select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(left), q * distance, V{});
+          }
+          sum += y >= b + whole && y < b + n ? without(term, y - b - whole) : term;
+          flush();
+        }
+        row_rest += sum_lanes(total_term);
+        if constexpr (dense) {
+          row_q += sum_lanes(total_q);
+          row_q_distance += sum_lanes(total_q_distance);
+        }
+      }
+      maximum[i] = top_so_far;
+      rest[i] = row_rest;
+      q_sum[i] = row_q;
+      q_distance[i] = row_q_distance;
+      if (y >= 0) {
+        target_distance[i] = top_so_far - target_logit;
+        weight[i] = (target.weight ? target.weight[y] : T{1}) * static_cast<T>(1 - a.label_smoothing);
+      }
+    }
+
+    // The rows' formulas, a lane a row.
+    const auto wide_rest = load_wide(rest, V{}), wide_q = load_wide(q_sum, V{});
+    const V distance = load(target_distance);
+    const RowSums<V> sums{distance, a.index ? exp(-distance) : V{}, round_once(wide_rest)};
+    RowLoss<V> loss{};
+    if (a.index)
+      loss = a.gamma > 0 ? softmax_focal_row(sums, load(weight), a.gamma) : cross_entropy_row(sums, load(weight));
+    auto value = wide(loss.value);
+    if constexpr (dense) value = value + load_wide(q_distance, V{}) + wide_q * wide(log_sum(sums));
+    total += sum_lanes(to_double_sum(value));
+    if (a.value) {
+      T lane[lanes];
+      store(lane, round_once(value));
+      unstage_run<T>(dtype, a.value, first, 1, count, lane);
+    }
+
+    if constexpr (want_grad) {
+      const auto all = wide_rest + wide(sums.target_term), wide_scale = load_wide(scale, V{});
+      store_wide(factor, (wide(loss.softmax) + wide_q) * wide_scale / all);
+      store_wide(at_target, (wide(loss.target) + wide_q * wide(sums.target_term) / all) * wide_scale);
+      for (int64_t i = 0; i < count; ++i) {
+        if (!live[i]) continue;
+        const int64_t y = index[i];
+        T* e = exponentials[i];
+        const V row_scale = broadcast<V>(static_cast<T>(scale[i]));
+        for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
+          const int64_t n = b + block < classes ? block : classes - b;
+          double block_factor = factor[i];
+          if (classes > block && block_maximum[k] != maximum[i])
+            block_factor *= exp_scalar(block_maximum[k] - maximum[i]);
+          const V high = broadcast<V>(static_cast<T>(block_factor));
+          const V low = broadcast<V>(static_cast<T>(what_is_left(block_factor, high[0])));
+          const T* t = target_of(probability_offset[i] + b, n);
+          const auto gradient = [&](V term, V q) {
+            const V small = dense ? term * low - row_scale * q : term * low;
+            return term * high + small;
+          };
+          T* g = e + b;
+          int64_t j = 0;
+          for (; j + lanes <= n; j += lanes)
+            store(g + j, gradient(load(g + j), dense ? target.whole(b + j, t ? t + j : nullptr) : V{}));
+          if (j < n)
+            store_part(
+                g + j, n - j,
+                gradient(load_part<V>(g + j, n - j, 0), dense ? target.part(b + j, t ? t + j : nullptr, n - j) : V{}));
+          if (y >= b && y < b + n) {
+            double grad = at_target[i];
+            if constexpr (dense)
+              grad -= scale[i] * static_cast<double>(target.smooth) * (target.weight ? target.weight[y] : T{1});
+            e[y] = static_cast<T>(grad);
+          }
+          unstage_run<T>(dtype, a.grad, grad_offset[i] + b, 1, n, g);
+        }
       }
     }
   }
@@ -301,8 +361,8 @@ struct LongSum {
   V total{}, lost{}, run{};
   FL_INLINE void add(V term) { run += term; }
   FL_INLINE void end_run() {
-    const V y = run - lost, sum = total + y;
-    lost = (sum - total) - y;
+    const V y = run - lost, sum = total + y, rounded = (sum - total) - y;
+    lost = select<V>(rounded == rounded, rounded, V{});  // an infinite total has lost nothing
     total = sum;
     run = V{};
   }
@@ -407,7 +467,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
           q_distance[u].add(q * distance);
         }
       }
-      if (c % 16 == 15 || c + 1 == classes) {
+      if (c % 4 == 3 || c + 1 == classes) {
 #pragma GCC unroll 4
         for (int u = 0; u < vectors; ++u) {
           rest[u].end_run();

@@ -11,17 +11,6 @@ FL_FN V polynomial(const typename Lanes<V>::Scalar (&c)[n], V x) {
   return p;
 }
 
-// x * 2^n, rounded once, for the n an exponential needs: 2^n itself may not be a normal number.
-template <class V>
-FL_FN V times_power_of_two(V x, typename Lanes<V>::Int n) {
-  using L = Lanes<V>;
-  using I = typename L::Int;
-  const I half = n >> 1;
-  const V a = bits<V>((half + L::exponent_bias) << L::mantissa_bits);
-  const V b = bits<V>((n - half + L::exponent_bias) << L::mantissa_bits);
-  return x * a * b;
-}
-
 template <class V>
 struct ExpConstants;
 template <>
@@ -41,20 +30,34 @@ struct ExpConstants<vd> {
                                       1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 };
 
+// x * 2^n, rounded once, n an integer in V: 2^n itself may not be a normal number.
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+FL_FN vf times_power_of_two(vf x, vf n) { return FL_FLOAT_OP(scalef, bits<native_vf>(x), bits<native_vf>(n)); }
+FL_FN vd times_power_of_two(vd x, vd n) { return FL_DOUBLE_OP(scalef, bits<native_vd>(x), bits<native_vd>(n)); }
+#else
+template <class V>
+FL_FN V times_power_of_two(V x, V n) {
+  using L = Lanes<V>;
+  using I = typename L::Int;
+  const V round = broadcast<V>(ExpConstants<V>::round);
+  const I i = bits<I>(n + round) - bits<I>(round), half = i >> 1;
+  const V a = bits<V>((half + L::exponent_bias) << L::mantissa_bits);
+  const V b = bits<V>((i - half + L::exponent_bias) << L::mantissa_bits);
+  return x * a * b;
+}
+#endif
+
 // x = n ln 2 + r with |r| <= ln 2 / 2
 template <class V>
 struct ReducedExp {
-  V r;
-  typename Lanes<V>::Int n;
+  V r, n;
 };
 template <class V>
 FL_FN ReducedExp<V> reduce_exp(V x) {
   using C = ExpConstants<V>;
-  using I = typename Lanes<V>::Int;
   x = at_most(at_least(x, broadcast<V>(C::low)), broadcast<V>(C::high));
-  const V shifted = x * static_cast<typename Lanes<V>::Scalar>(1.44269504088896340736) + C::round;
-  const V n = shifted - C::round;
-  return {(x - n * C::ln2_high) - n * C::ln2_low, bits<I>(shifted) - bits<I>(broadcast<V>(C::round))};
+  const V n = (x * static_cast<typename Lanes<V>::Scalar>(1.44269504088896340736) + C::round) - C::round;
+  return {(x - n * C::ln2_high) - n * C::ln2_low, n};
 }
 
 template <class V>
