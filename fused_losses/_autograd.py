@@ -18,36 +18,37 @@ from torch.autograd.graph import increment_version
 
 from ._ops import LossOps, scale_
 
+Tensors = tuple[Tensor | None, ...]
+Options = tuple[Any, ...]
+
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Stored(Function):
     @staticmethod
-    def forward(loss: LossOps, inplace: bool, *args: Any) -> Any:
+    def forward(loss: LossOps, inplace: bool, input: Tensor, tensors: Tensors, options: Options) -> Any:
         if not inplace:
-            return loss.train(*args)
-        value = loss.train_(*args)
-        return value if _is_view(args[0]) else (value, args[0])
+            return loss.train(input, *tensors, *options)
+        value = loss.train_(input, *tensors, *options)
+        return value if _is_view(input) else (value, input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _remember(ctx, inputs)
+        ctx.loss, ctx.inplace, input, tensors, ctx.options = inputs
         ctx.set_materialize_grads(False)
         if ctx.inplace:
             # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
             # gradient's numbers. torch allows that beside another output only where they are no view; a view's
             # users are caught by the version counter, as far as they keep the logits for their own backward.
-            logits = inputs[2]
-            if _is_view(logits):
-                increment_version(logits)
+            if _is_view(input):
+                increment_version(input)
             else:
-                ctx.mark_dirty(logits)
-            ctx.save_for_backward(logits)
+                ctx.mark_dirty(input)
+            ctx.save_for_backward(input)
             return
         gradient = output[1]
         ctx.mark_non_differentiable(gradient)
-        ctx.save_for_backward(gradient, *ctx.tensors)
-        del ctx.tensors
+        ctx.save_for_backward(gradient, input, *tensors)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, of_logits: Tensor | None = None) -> Any:
@@ -57,71 +58,50 @@ class Stored(Function):
                 "inplace operation: they hold its gradient. Use them before the loss, or inplace_backward=False"
             )
         if upstream is None:
-            return _gradients(ctx, None)
+            return None, None, None, None, None
+        gradient, *args = ctx.saved_tensors
         if ctx.inplace:
             _refuse_second_derivative()
-            gradient = ctx.saved_tensors[0].detach()
+            gradient = gradient.detach()
             scale_(gradient, upstream)
             increment_version(gradient)
-            return _gradients(ctx, gradient)
-        gradient, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _gradients(ctx, _differentiable(ctx, upstream, tensors))
-        if _keep_graph():  # the saved gradient serves again
+        elif torch.is_grad_enabled():
+            gradient = _differentiable(ctx, upstream, args)
+        elif _keep_graph():  # the saved gradient serves again
             gradient = gradient * upstream
         else:
             scale_(gradient, upstream)
-        return _gradients(ctx, gradient)
+        return None, None, gradient, None, None
 
 
 class Recomputed(Function):
     @staticmethod
-    def forward(loss: LossOps, inplace: bool, *args: Any) -> Tensor:
-        return loss.forward(*args)
+    def forward(loss: LossOps, inplace: bool, input: Tensor, tensors: Tensors, options: Options) -> Tensor:
+        return loss.forward(input, *tensors, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _remember(ctx, inputs)
-        ctx.save_for_backward(*ctx.tensors)
-        del ctx.tensors
+        ctx.loss, ctx.inplace, input, tensors, ctx.options = inputs
+        ctx.save_for_backward(input, *tensors)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        tensors = ctx.saved_tensors
+        args = ctx.saved_tensors
         if ctx.inplace:
             _refuse_second_derivative()
-            gradient = tensors[0].detach()
-            ctx.loss.backward_(upstream, *_arguments(ctx, tensors))
+            gradient = args[0].detach()
+            ctx.loss.backward_(upstream, *args, *ctx.options)
             increment_version(gradient)
-            return _gradients(ctx, gradient)
-        if torch.is_grad_enabled():
-            return _gradients(ctx, _differentiable(ctx, upstream, tensors))
-        return _gradients(ctx, ctx.loss.backward(upstream, *_arguments(ctx, tensors)))
+        elif torch.is_grad_enabled():
+            gradient = _differentiable(ctx, upstream, args)
+        else:
+            gradient = ctx.loss.backward(upstream, *args, *ctx.options)
+        return None, None, gradient, None, None
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    ctx.loss, ctx.inplace, *args = inputs
-    ctx.tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
-    ctx.places = [place for place, arg in enumerate(args) if isinstance(arg, Tensor)]
-
-
-def _arguments(ctx: Any, tensors: Sequence[Tensor]) -> list[Any]:
-    """The op's arguments: the saved tensors back in their places."""
-    args = list(ctx.others)
-    for place, tensor in zip(ctx.places, tensors, strict=True):
-        args[place] = tensor
-    return args
-
-
-def _gradients(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One for each argument of forward; only the input, the third, has one."""
-    return None, None, gradient, *([None] * (len(ctx.others) - 1))
-
-
-def _differentiable(ctx: Any, upstream: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    value = ctx.loss.reference(*_arguments(ctx, tensors))
-    (gradient,) = torch.autograd.grad(value, tensors[0], upstream, create_graph=True)
+def _differentiable(ctx: Any, upstream: Tensor, args: Sequence[Tensor]) -> Tensor:
+    value = ctx.loss.reference(*args, *ctx.options)
+    (gradient,) = torch.autograd.grad(value, args[0], upstream, create_graph=True)
     return gradient
 
 
@@ -133,17 +113,19 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def evaluate(loss: LossOps, inplace: bool, stored: bool, *args: Any) -> Tensor:
-    """The loss, recorded for autograd where the input (the first of args) needs a gradient."""
-    input = cast(Tensor, args[0])
+def evaluate(
+    loss: LossOps, inplace: bool, stored: bool, input: Tensor, tensors: Tensors, options: Options
+) -> Tensor:
+    """The loss of (input, *tensors, *options), recorded for autograd where the input needs a gradient.
+
+    `tensors` are constants: the target and the weights, None where absent.
+    """
     if not (input.requires_grad and torch.is_grad_enabled()):
-        return loss.forward(*args)
+        return loss.forward(input, *tensors, *options)
     if inplace:
         _require_writable(input)
-    if not stored:
-        return cast(Tensor, _apply(Recomputed, loss, inplace, *args))
-    result = _apply(Stored, loss, inplace, *args)
-    return cast(Tensor, result if isinstance(result, Tensor) else result[0])
+    result = _apply(Stored if stored else Recomputed, loss, inplace, input, tensors, options)
+    return cast(Tensor, result[0] if type(result) is tuple else result)
 
 
 def _apply(function: type[Function], *args: Any) -> Any:

@@ -29,9 +29,10 @@ def reduction_name(size_average: bool | None, reduce: bool | None, reduction: st
 
 
 def reduction_code(reduction: str) -> int:
-    if reduction not in REDUCTION_NAMES:
-        raise ValueError(f"reduction is {reduction!r}; expected 'none', 'mean' or 'sum'")
-    return REDUCTION_NAMES.index(reduction)
+    try:
+        return REDUCTION_NAMES.index(reduction)
+    except ValueError:
+        raise ValueError(f"reduction is {reduction!r}; expected 'none', 'mean' or 'sum'") from None
 
 
 def require_tensors(function: str, **arguments: Any) -> None:
@@ -121,12 +122,13 @@ def elementwise_problem(input: Tensor, **others: Tensor | None) -> str | None:
 
 def index_problem(input: Tensor, target: Tensor) -> str | None:
     """What is wrong with logits and class indices, in words for the user."""
-    shape, dims = tuple(input.shape), input.dim()
-    if dims == 0 or shape[min(dims - 1, 1)] == 0:
+    shape = tuple(input.shape)
+    dims = len(shape)
+    if dims == 0 or shape[dims > 1] == 0:
         return f"input has shape {shape}; expected (C), (N, C) or (N, C, d1, ...) with C > 0"
-    expected = (*shape[:1], *shape[2:]) if dims > 1 else ()
-    if tuple(target.shape) != expected:
+    expected = shape[:1] + shape[2:] if dims > 1 else ()
+    if target.shape != expected:
         return f"target has {shape_of(target)}; an input of shape {shape} takes class indices of shape {expected}"
-    if target.dtype not in (torch.int64, torch.uint8):
+    if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
         return f"target has dtype {target.dtype}; class indices are torch.int64 or torch.uint8"
     return None

@@ -95,8 +95,8 @@ def binary_cross_entropy_with_logits(
         function = torch.nn.functional.binary_cross_entropy_with_logits
         return _checks.ask_torch(problem, function, *torch_args)
     stored = code != _checks.NONE and input.dtype != torch.float16
-    args = (input, target, weight, pos_weight, *_NOT_FOCAL, code)
-    return evaluate(_WITH_LOGITS, inplace_backward, stored, *args)
+    tensors = (target, weight, pos_weight)
+    return evaluate(_WITH_LOGITS, inplace_backward, stored, input, tensors, (*_NOT_FOCAL, code))
 
 
 def binary_cross_entropy(
@@ -148,7 +148,7 @@ def binary_cross_entropy(
         return _checks.ask_torch(problem, function, *torch_args)
     stored = code != _checks.NONE and input.dtype != torch.float16
     try:
-        return evaluate(_OPS, False, stored, input, target, weight, None, *_NOT_FOCAL, code)
+        return evaluate(_OPS, False, stored, input, (target, weight, None), (*_NOT_FOCAL, code))
     except RuntimeError as error:
         if "between 0 and 1" not in str(error):
             raise

@@ -79,9 +79,8 @@ def cross_entropy(
         target = target.long()
     stored = code != _checks.NONE and input.dtype != torch.float16
     weight = _checks.compute_weight(weight, input)
-    return evaluate(
-        _OPS, inplace_backward, stored, input, target, weight, code, ignore_index, label_smoothing
-    )
+    options = (code, ignore_index, label_smoothing)
+    return evaluate(_OPS, inplace_backward, stored, input, (target, weight), options)
 
 
 def _problem(
@@ -104,8 +103,8 @@ def _problem(
         problem = _checks.index_problem(input, target)
         if problem is not None:
             return f"{problem}, or probabilities of the input's own shape"
-    classes = input.shape[min(dims - 1, 1)]
     if weight is not None:
+        classes = input.shape[min(dims - 1, 1)]
         if tuple(weight.shape) != (classes,):
             return f"weight has {_checks.shape_of(weight)}; expected ({classes},), a weight for each class"
         if weight.dtype != input.dtype:

@@ -106,7 +106,9 @@ def _sigmoid_focal(
     if not _checks.reachable(inputs, *others.values()) or _checks.elementwise_problem(inputs, **others):
         return reference.sigmoid_focal_loss(inputs, targets, weight, pos_weight, *options, reduction)
     stored = code != _checks.NONE and inputs.dtype != torch.float16
-    return evaluate(_SIGMOID, inplace_backward, stored, inputs, targets, weight, pos_weight, *options, code)
+    return evaluate(
+        _SIGMOID, inplace_backward, stored, inputs, (targets, weight, pos_weight), (*options, code)
+    )
 
 
 def softmax_focal_loss(
@@ -178,9 +180,8 @@ def softmax_focal_loss(
         target = target.long()
     weight = _checks.compute_weight(weight, input)
     stored = code != _checks.NONE and input.dtype != torch.float16
-    return evaluate(
-        _SOFTMAX, inplace_backward, stored, input, target, weight, code, ignore_index, float(gamma)
-    )
+    options = (code, ignore_index, float(gamma))
+    return evaluate(_SOFTMAX, inplace_backward, stored, input, (target, weight), options)
 
 
 def _require_gamma(gamma: float) -> None:
