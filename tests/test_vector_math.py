@@ -18,6 +18,7 @@ pytestmark = pytest.mark.every_level
 
 EXACT: dict[str, Callable[..., mpmath.mpf]] = {
     "exp": mpmath.exp,
+    "exp_term": mpmath.exp,
     "log": mpmath.log,
     "log1p": mpmath.log1p,
     "log1p_unit": mpmath.log1p,
@@ -28,6 +29,8 @@ EXACT: dict[str, Callable[..., mpmath.mpf]] = {
 BOUNDS = [
     ("exp", np.float32, 1.0),
     ("exp", np.float64, 1.0),
+    ("exp_term", np.float32, 1.0),
+    ("exp_term", np.float64, 1.0),
     ("log", np.float32, 1.0),
     ("log", np.float64, 1.0),
     ("log1p", np.float32, 1.0),
@@ -49,13 +52,13 @@ def points(name: str, dtype: type[np.floating]) -> Array:
     """Where the losses use the function, the ends of the dtype's range and the neighbourhood of its zeros."""
     random = np.random.default_rng(3)
     info = np.finfo(dtype)
-    if name == "exp":
-        low, high = float(np.log(info.smallest_normal)), float(np.log(info.max))
+    if name in ("exp", "exp_term"):
+        low, high = float(np.log(info.smallest_normal)), float(np.log(info.max)) if name == "exp" else 0.0
         x = np.concatenate(
             [
                 random.uniform(low, high, 3000),
-                random.uniform(-1, 1, 1000),
-                random.normal(0, 1e-5, 200),
+                random.uniform(-1, min(high, 1), 1000),
+                np.minimum(random.normal(0, 1e-5, 200), high),
                 [0, -0.0],
             ]
         )
@@ -119,6 +122,7 @@ def test_special_values(dtype: type[np.floating]) -> None:
     inf, nan = math.inf, math.nan
     table = {
         "exp": {0.0: 1.0, -inf: 0.0, inf: inf, nan: nan, -1e4: 0.0, 1e4: inf},
+        "exp_term": {0.0: 1.0, -inf: 0.0, nan: nan, -1e4: 0.0, math.log(tiny): 0.0},
         "log": {1.0: 0.0, 0.0: -inf, inf: inf, -1.0: nan, nan: nan, tiny: math.log(tiny)},
         "log1p": {0.0: 0.0, -1.0: -inf, inf: inf, -2.0: nan, nan: nan, tiny: tiny},
         "log1p_unit": {0.0: 0.0, tiny: tiny, nan: nan},

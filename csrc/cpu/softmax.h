@@ -40,10 +40,10 @@ struct DenseTarget {
   static constexpr T ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 };
 
-// exp of one number, by the same function as every other.
+// exp_term of one number.
 template <class T>
 FL_FN T exp_scalar(T x) {
-  return exp(broadcast<typename VectorOf<T>::V>(x))[0];
+  return exp_term(broadcast<typename VectorOf<T>::V>(x))[0];
 }
 
 // Steps through the positions, keeping an offset for each of up to three arrays.
@@ -204,7 +204,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
         };
         const auto step = [&](int64_t j) {
           const V distance = top_so_far - load(x + j);
-          const V term = exp(-distance);
+          const V term = exp_term(-distance);
           if constexpr (want_grad) store(e + b + j, term);
           if constexpr (dense) {
             const V q = target.whole(b + j, t ? t + j : nullptr);
@@ -233,7 +233,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
         }
         if (const int64_t left = n - whole; left > 0) {
           const V distance = top_so_far - load_part<V>(x + whole, left, -static_cast<T>(__builtin_inf()));
-          const V term = exp(-distance);
+          const V term = exp_term(-distance);
           if constexpr (want_grad) store_part(e + b + whole, left, term);
           if constexpr (dense) {
             const V q = target.part(b + whole, t ? t + whole : nullptr, left);
@@ -262,7 +262,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
     // The rows' formulas, a lane a row.
     const auto wide_rest = load_wide(rest, V{}), wide_q = load_wide(q_sum, V{});
     const V distance = load(target_distance);
-    const RowSums<V> sums{distance, a.index ? exp(-distance) : V{}, round_once(wide_rest)};
+    const RowSums<V> sums{distance, a.index ? exp_term(-distance) : V{}, round_once(wide_rest)};
     RowLoss<V> loss{};
     if (a.index)
       loss = a.gamma > 0 ? softmax_focal_row(sums, load(weight), a.gamma) : cross_entropy_row(sums, load(weight));
@@ -456,7 +456,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 #pragma GCC unroll 4
       for (int u = 0; u < vectors; ++u) {
         const V distance = highest[u] - load(x + c * x_pitch + u * lanes);
-        const V term = exp(-distance);
+        const V term = exp_term(-distance);
         const I is_target = y[u] == I{} + static_cast<Lane>(c);
         if constexpr (want_grad) store(e + c * e_pitch + u * lanes, term);
         rest[u].add(select<V>(is_target, V{}, term));
@@ -485,7 +485,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
     for (int u = 0; u < vectors; ++u) {
       live[u] = y[u] != I{} - static_cast<Lane>(2);
       const I indexed = y[u] >= 0;
-      const RowSums<V> sums{target_distance[u], select<V>(indexed, exp(-target_distance[u]), V{}), rest[u].total};
+      const RowSums<V> sums{target_distance[u], select<V>(indexed, exp_term(-target_distance[u]), V{}), rest[u].total};
       const V row_weight = load(weight_lane + u * lanes);
       RowLoss<V> loss{};
       if (a.index)

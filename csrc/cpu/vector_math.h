@@ -16,14 +16,14 @@ struct ExpConstants;
 template <>
 struct ExpConstants<vf> {
   static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the low bits
-  static constexpr float low = -104.0f, high = 89.0f;
+  static constexpr float low = -104.0f, high = 89.0f, log_smallest_normal = -87.336544f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // the high part times n is exact
   static constexpr float series[] = {1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
 };
 template <>
 struct ExpConstants<vd> {
   static constexpr double round = 6755399441055744.0;
-  static constexpr double low = -746.0, high = 710.0;
+  static constexpr double low = -746.0, high = 710.0, log_smallest_normal = -708.39641853226408;
   static constexpr double ln2_high = 6.93147180369123816490e-1, ln2_low = 1.90821492927058770002e-10;
   static constexpr double series[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
                                       1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
@@ -55,16 +55,26 @@ struct ReducedExp {
 template <class V>
 FL_FN ReducedExp<V> reduce_exp(V x) {
   using C = ExpConstants<V>;
-  x = at_most(at_least(x, broadcast<V>(C::low)), broadcast<V>(C::high));
   const V n = (x * static_cast<typename Lanes<V>::Scalar>(1.44269504088896340736) + C::round) - C::round;
   return {(x - n * C::ln2_high) - n * C::ln2_low, n};
 }
 
 template <class V>
-FL_FN V exp(V x) {
+FL_FN V exp_in_range(V x) {
   const auto [r, n] = reduce_exp(x);
   const V p = polynomial(ExpConstants<V>::series, r) * (r * r) + r + 1;
   return times_power_of_two(p, n);
+}
+template <class V>
+FL_FN V exp(V x) {
+  using C = ExpConstants<V>;
+  return exp_in_range(at_most(at_least(x, broadcast<V>(C::low)), broadcast<V>(C::high)));
+}
+// exp(x) for x <= 0 as a term of a sum: 0 where it is no normal number, which would take a CPU a hundred cycles.
+template <class V>
+FL_FN V exp_term(V x) {
+  const V low = broadcast<V>(ExpConstants<V>::log_smallest_normal);
+  return select<V>(x < low, V{}, exp_in_range(at_least(x, low)));
 }
 
 template <class V>
