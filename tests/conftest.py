@@ -15,4 +15,3 @@ def seed() -> None:
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype | tuple) else None
-

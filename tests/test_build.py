@@ -44,9 +44,12 @@ def run(*command: str | Path, cwd: Path, fails: bool = False, **environment: str
 
 def copy_tree(target: Path) -> Path:
     """A copy of the project, its objects included: building there compiles only what the test changes."""
-    ignored = shutil.ignore_patterns(
-        ".*", "dist", "lib.*", "bdist.*", "compare", "*.egg-info", "__pycache__", "*.so"
-    )
+    left = shutil.ignore_patterns("dist", "lib.*", "bdist.*", "compare", "*.egg-info", "__pycache__", "*.so")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        hidden = {name for name in names if name[0] == "." and not name.startswith(".ninja")}
+        return hidden | left(folder, names)
+
     shutil.copytree(ROOT, target, ignore=ignored)
     return target
 
