@@ -5,56 +5,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtype.h"
+#include "arguments.h"
 
 namespace fused_losses::cpu {
-
-// One operand of an element-wise loss, seen over the common (broadcast) shape. data == nullptr: absent.
-struct Operand {
-  void* data = nullptr;
-  DType dtype = DType::f32;
-  bool linear = false;            // element i of the common shape is data[i]
-  int64_t stride[kMaxDims] = {};  // in elements, 0 along a broadcast dimension
-};
-
-enum class Elementwise : int { bce_with_logits, bce, sigmoid_focal };
-
-struct ElementwiseArgs {
-  Elementwise loss;
-  int ndim;                 // of the common shape, collapsed; the last dimension runs fastest
-  int64_t size[kMaxDims];   //
-  Operand input, target;    // [...]
-  Operand weight;           // [...] absent: 1
-  Operand pos_weight;       // [...] absent: 1
-  Operand upstream;         // [...] absent: 1
-  Operand value, grad;      // [...] absent: not wanted
-  bool want_sum;            // the values are summed up and returned
-  double grad_scale;        // multiplies every gradient: 1 / count, and a scalar upstream gradient
-  double alpha_positive, alpha_negative, gamma;  // focal only
-};
-
-// A loss over the softmax of a row: cross entropy, and softmax focal loss where gamma > 0.
-// Position p of `positions` has its C logits at offset(p) + c * class_stride.
-struct SoftmaxArgs {
-  DType dtype;
-  int64_t classes, positions;
-  int ndim;                          // dimensions of the positions, collapsed; the last runs fastest
-  int64_t size[kMaxDims];            //
-  const void* logits;                // [positions, C] by the strides below
-  int64_t logits_stride[kMaxDims], logits_class_stride;
-  void* grad;                        // [positions, C] by the strides below; nullptr: not wanted
-  int64_t grad_stride[kMaxDims], grad_class_stride;
-  const int64_t* index;              // [positions] class indices, or nullptr
-  const void* probability;           // [positions, C] soft targets of the logits' dtype, or nullptr
-  int64_t probability_stride[kMaxDims], probability_class_stride;
-  const void* weight;                // [C] of the compute dtype (float, or double for f64), or nullptr
-  const void* upstream;              // [positions] of the logits' dtype, or nullptr
-  void* value;                       // [positions] of the logits' dtype, or nullptr
-  double grad_scale;                 // 1 / denominator, and a scalar upstream gradient
-  int64_t ignore_index;
-  bool count_weights;                // the mean divides by the targets' weights, not by their number
-  double label_smoothing, gamma;
-};
 
 // One implementation of every kernel. The sums are over a fixed range and come out the same on every call.
 struct Kernels {

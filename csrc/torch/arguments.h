@@ -1,0 +1,42 @@
+// From the arguments of an op to the arguments of a kernel: checks, shapes and strides. The same for every device.
+#pragma once
+#include <optional>
+#include <vector>
+
+#include "arguments.h"
+#include "torch/tensors.h"
+
+namespace fused_losses {
+
+struct ElementwiseOptions {
+  OptionalTensor weight, pos_weight;
+  double alpha_positive, alpha_negative, gamma;
+  Reduction reduction;
+};
+
+// What a kernel is asked, and the tensors that its pointers need alive. A scalar upstream gradient is left to the
+// device's own code.
+struct ElementwiseCall {
+  ElementwiseArgs args;
+  OptionalTensor value;  // for Reduction::none
+};
+ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Tensor& target,
+                                 const ElementwiseOptions& options, const Tensor* upstream, Tensor* grad);
+
+struct SoftmaxOptions {
+  OptionalTensor weight;  // [C]
+  int64_t ignore_index;
+  double label_smoothing, gamma;
+  bool count_weights;
+  Reduction reduction;
+};
+
+struct SoftmaxCall {
+  SoftmaxArgs args;
+  Tensor target;
+  OptionalTensor upstream, value;  // for Reduction::none
+};
+SoftmaxCall softmax_call(const Tensor& logits, const Tensor& target, const SoftmaxOptions& options,
+                         const Tensor* upstream, Tensor* grad);
+
+}  // namespace fused_losses
