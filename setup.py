@@ -205,7 +205,8 @@ def write_ninja(
         # PyTorch may load another CUDA runtime: the symbols of ours stay inside.
         hide = ["-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs=ALL"]
         rule("nvlink", nvcc, *compiler, "-shared", "-nodlink", "--cudart=static", *hide)
-        made = objects("nvcc", sources("cuda/*.cu", "torch/cuda_*.cpp"))
+        shared = [f"{folder}/csrc/torch/{name}.cpp.o" for name in ("arguments", "tensors")]
+        made = [*objects("nvcc", sources("cuda/*.cu", "torch/cuda_*.cpp")), *shared]
         libraries += f" -L{folder} -ltorch_cuda"
         stub = [f"{folder}/libtorch_cuda.so"]
         ninja.build(f"{folder}/_cuda.so", "nvlink", made, implicit=stub, variables={"libraries": libraries})

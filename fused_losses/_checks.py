@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import _reduction as torch_reduction
 
+from ._ops import CUDA
+
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
 REDUCTION_NAMES = ("none", "mean", "sum")
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -47,11 +49,11 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel exists for the input, and the other tensors are constants beside it."""
     if (
         type(input) not in _TENSOR_TYPES
-        or not input.is_cpu
+        or not (input.is_cpu or (CUDA and input.is_cuda))
         or input.dtype not in DTYPES
         or input.layout is not torch.strided
         or input.dim() > _MAX_DIMS
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
@@ -60,7 +62,7 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
     for other in others:
         if other is not None and (
             type(other) not in _TENSOR_TYPES
-            or not other.is_cpu
+            or other.device != input.device
             or other.requires_grad
             or other.layout is not torch.strided
         ):

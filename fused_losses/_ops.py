@@ -13,7 +13,8 @@ from torch import Tensor
 from . import _C as _C  # type: ignore[attr-defined]
 
 _cuda = Path(__file__).with_name("_cuda.so")
-if _cuda.exists() and torch.cuda.is_available():
+CUDA = _cuda.exists() and torch.cuda.is_available()  # whether the ops take CUDA tensors
+if CUDA:
     torch.ops.load_library(str(_cuda))  # type: ignore[no-untyped-call]
 
 scale_: Callable[[Tensor, Tensor], None] = torch.ops.fused_losses.scale_.default

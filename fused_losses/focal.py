@@ -175,7 +175,7 @@ def softmax_focal_loss(
     if weight is not None and weight.dim() == 0:
         weight = weight.expand(classes)
     elif isinstance(alpha, (int, float)):
-        weight = torch.full((classes,), float(alpha), dtype=input.dtype)
+        weight = torch.full((classes,), float(alpha), dtype=input.dtype, device=input.device)
     if target.dtype == torch.uint8:
         target = target.long()
     weight = _checks.compute_weight(weight, input)

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "arguments.h"
+#include "kernel_args.h"
 
 namespace fused_losses::cpu {
 

@@ -3,7 +3,7 @@
 #include <optional>
 #include <vector>
 
-#include "arguments.h"
+#include "kernel_args.h"
 #include "torch/tensors.h"
 
 namespace fused_losses {

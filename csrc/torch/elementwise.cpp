@@ -39,19 +39,8 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
 
 }  // namespace
 
-#define OPTION_SCHEMA                                                                                            \
-  "Tensor target, Tensor? weight, Tensor? pos_weight, float alpha_positive, float alpha_negative, float gamma, " \
-  "int reduction)"
-
-#define DEFINE(name)                                                                   \
-  m.def(#name "(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \
-  m.def(#name "_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");           \
-  m.def(#name "_train_(Tensor(a!) input, " OPTION_SCHEMA " -> Tensor");                \
-  m.def(#name "_backward(Tensor upstream, Tensor input, " OPTION_SCHEMA " -> Tensor"); \
-  m.def(#name "_backward_(Tensor upstream, Tensor(a!) input, " OPTION_SCHEMA " -> ()");
-
 // clang-format off
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) { FUSED_LOSSES_ELEMENTWISE(DEFINE) }
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) { FUSED_LOSSES_ELEMENTWISE(FUSED_LOSSES_DEFINE_ELEMENTWISE) }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { FUSED_LOSSES_ELEMENTWISE(FUSED_LOSSES_IMPLEMENT_ELEMENTWISE) }
 // clang-format on
 

@@ -57,6 +57,17 @@ void backward_(Tensor upstream, Tensor input, Tensor target, OPTION_PARAMETERS) 
 
 #define FUSED_LOSSES_ELEMENTWISE(X) X(bce_with_logits) X(bce) X(sigmoid_focal)
 
+#define OPTION_SCHEMA                                                                                            \
+  "Tensor target, Tensor? weight, Tensor? pos_weight, float alpha_positive, float alpha_negative, float gamma, " \
+  "int reduction)"
+
+#define FUSED_LOSSES_DEFINE_ELEMENTWISE(name)                                          \
+  m.def(#name "(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \
+  m.def(#name "_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");           \
+  m.def(#name "_train_(Tensor(a!) input, " OPTION_SCHEMA " -> Tensor");                \
+  m.def(#name "_backward(Tensor upstream, Tensor input, " OPTION_SCHEMA " -> Tensor"); \
+  m.def(#name "_backward_(Tensor upstream, Tensor(a!) input, " OPTION_SCHEMA " -> ()");
+
 #define FUSED_LOSSES_IMPLEMENT_ELEMENTWISE(name)                      \
   m.impl(#name, TORCH_BOX(&forward<Elementwise::name>));              \
   m.impl(#name "_train", TORCH_BOX(&train<Elementwise::name>));       \

@@ -54,18 +54,8 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
 
 }  // namespace
 
-#define DEFINE_ONE(name, arguments, weight, parameter, result)                                              \
-  m.def(name "(" arguments ", Tensor target, " weight ", int reduction, int ignore_index, float " parameter \
-             ") -> " result);
-#define DEFINE(name, loss, weight, parameter)                                                 \
-  DEFINE_ONE(#name, "Tensor input", weight, parameter, "Tensor")                              \
-  DEFINE_ONE(#name "_train", "Tensor input", weight, parameter, "(Tensor, Tensor)")           \
-  DEFINE_ONE(#name "_train_", "Tensor(a!) input", weight, parameter, "Tensor")                \
-  DEFINE_ONE(#name "_backward", "Tensor upstream, Tensor input", weight, parameter, "Tensor") \
-  DEFINE_ONE(#name "_backward_", "Tensor upstream, Tensor(a!) input", weight, parameter, "()")
-
 // clang-format off
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) { FUSED_LOSSES_SOFTMAX(DEFINE) }
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses, m) { FUSED_LOSSES_SOFTMAX(FUSED_LOSSES_DEFINE_SOFTMAX) }
 STABLE_TORCH_LIBRARY_IMPL(fused_losses, CPU, m) { FUSED_LOSSES_SOFTMAX(FUSED_LOSSES_IMPLEMENT_SOFTMAX) }
 // clang-format on
 

@@ -60,6 +60,16 @@ void backward_(Tensor upstream, Tensor logits, Tensor target, OPTION_PARAMETERS)
   X(cross_entropy, CrossEntropy, "Tensor? weight", "label_smoothing") \
   X(softmax_focal, SoftmaxFocal, "Tensor? alpha", "gamma")
 
+#define DEFINE_ONE(name, arguments, weight, parameter, result)                                              \
+  m.def(name "(" arguments ", Tensor target, " weight ", int reduction, int ignore_index, float " parameter \
+             ") -> " result);
+#define FUSED_LOSSES_DEFINE_SOFTMAX(name, loss, weight, parameter)                            \
+  DEFINE_ONE(#name, "Tensor input", weight, parameter, "Tensor")                              \
+  DEFINE_ONE(#name "_train", "Tensor input", weight, parameter, "(Tensor, Tensor)")           \
+  DEFINE_ONE(#name "_train_", "Tensor(a!) input", weight, parameter, "Tensor")                \
+  DEFINE_ONE(#name "_backward", "Tensor upstream, Tensor input", weight, parameter, "Tensor") \
+  DEFINE_ONE(#name "_backward_", "Tensor upstream, Tensor(a!) input", weight, parameter, "()")
+
 #define FUSED_LOSSES_IMPLEMENT_SOFTMAX(name, loss, weight, parameter) \
   m.impl(#name, TORCH_BOX(&forward<loss>));                           \
   m.impl(#name "_train", TORCH_BOX(&train<loss>));                    \

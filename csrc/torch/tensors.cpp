@@ -39,17 +39,27 @@ static void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size
 #endif
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
-  int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+static Tensor empty_as(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,
+                       const Tensor& like) {
+  int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, device_type, device_index, &handle));
   Tensor tensor(handle);
-  advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  if (tensor.is_cpu()) advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_as(sizes, strides, dtype, like);
+}
+
+Tensor empty_doubles(int64_t count, const Tensor& like) {
+  return empty_as({count}, {1}, aoti_torch_dtype_float64(), like);
 }
 
 Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {

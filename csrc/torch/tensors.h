@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "dtype.h"
 
 namespace fused_losses {
 
@@ -22,7 +22,8 @@ Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
 Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like);
 // Dense, with the dimensions in `like`'s order of memory: its own strides where it is dense itself.
 Tensor empty_in_order(const Tensor& like);
-Tensor scalar(double value, const Tensor& like);
+Tensor scalar(double value, const Tensor& like);  // on the CPU
+Tensor empty_doubles(int64_t count, const Tensor& like);  // on its device
 
 double read_scalar(const Tensor& tensor);  // a tensor of one element, on the CPU
 

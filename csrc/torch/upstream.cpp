@@ -1,4 +1,5 @@
 // scale_(gradient, upstream): what backward has left to do where the forward pass has made the gradient.
+#include "cpu/kernels.h"
 #include "torch/tensors.h"
 
 namespace fused_losses {

@@ -1,0 +1,183 @@
+// What kernels use beyond plain C++: storage types, shuffles, shared memory, clusters. Inline PTX stands behind
+// one-line wrappers. tests/cuda_on_cpu/simt.h gives every name here a meaning on a CPU and takes this file's place
+// there, so the kernels' own source runs under test without a GPU.
+#pragma once
+#ifdef FUSED_LOSSES_SIMT
+#include FUSED_LOSSES_SIMT
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+
+namespace fused_losses::cuda {
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+// Dynamic shared memory, 16-byte aligned: the only kind the kernels use.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<char*>(memory);
+}
+
+// A cluster: neighbouring blocks that read each other's shared memory (sm_90 and later; elsewhere a block alone).
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned n;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+  return n;
+}
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned n;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
+  return n;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// The address in the cluster's shared memory of what stands at `own` here, in block `rank`.
+template <class P>
+__device__ __forceinline__ P* in_block(P* own, unsigned rank) {
+  uint64_t address;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(address) : "l"(reinterpret_cast<uint64_t>(own)), "r"(rank));
+  return reinterpret_cast<P*>(address);
+}
+#else
+__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_sync() {}
+template <class P>
+__device__ __forceinline__ P* in_block(P* own, unsigned) {
+  return own;
+}
+#endif
+
+// A target outside [0, classes) ends the kernel, as torch's own do, before it is used as an address.
+static __device__ __noinline__ void out_of_bounds(int64_t target, int64_t classes) {
+  printf("fused_losses: target %lld is out of bounds: input has %lld classes\n", static_cast<long long>(target),
+         static_cast<long long>(classes));
+  __trap();
+}
+__device__ __forceinline__ void require_target(int64_t target, int64_t classes) {
+  if (target < 0 || target >= classes) out_of_bounds(target, classes);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, unsigned cluster, size_t shared,
+                   cudaStream_t stream, Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  if (shared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace fused_losses::cuda
+#endif
+
+namespace fused_losses::cuda {
+
+constexpr int kWarp = 32;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+template <class S>
+struct ComputeOf {
+  using T = float;
+};
+template <>
+struct ComputeOf<double> {
+  using T = double;
+};
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(f16 x) { return half_to_float(x.bits); }
+__device__ __forceinline__ float widen(bf16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <class S>
+struct Narrow {
+  static __device__ __forceinline__ S from(typename ComputeOf<S>::T x) { return x; }
+};
+template <>
+struct Narrow<f16> {
+  static __device__ __forceinline__ f16 from(float x) { return {float_to_half(x)}; }
+};
+template <>
+struct Narrow<bf16> {
+  static __device__ __forceinline__ bf16 from(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return {0x7fc0};
+    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};  // nearest, ties to even
+  }
+};
+
+// 16 bytes at a time, from and to an aligned address.
+template <class S>
+struct Pack {
+  static constexpr int size = 16 / sizeof(S);
+  S at[size];
+};
+template <class S>
+__device__ __forceinline__ Pack<S> load_pack(const S* p) {
+  const uint4 words = *reinterpret_cast<const uint4*>(p);
+  Pack<S> pack;
+  memcpy(&pack, &words, sizeof pack);
+  return pack;
+}
+template <class S>
+__device__ __forceinline__ void store_pack(S* p, const Pack<S>& pack) {
+  uint4 words;
+  memcpy(&words, &pack, sizeof words);
+  *reinterpret_cast<uint4*>(p) = words;
+}
+template <class S>
+__host__ __device__ __forceinline__ int misaligned(const S* p) {  // elements past a 16-byte boundary
+  return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(S));
+}
+
+// A sum with Kahan's compensation.
+template <class T>
+struct Sum {
+  T total = 0, lost = 0;
+  __device__ __forceinline__ void add(T term) {
+    const T y = term - lost, sum = total + y, rounded = (sum - total) - y;
+    lost = rounded == rounded ? rounded : T{0};  // an infinite total has lost nothing
+    total = sum;
+  }
+};
+
+// The sum over the block's threads, the same in every thread; `scratch` holds a double a warp. Always the same order.
+__device__ __forceinline__ double block_sum(double value, double* scratch) {
+  for (int width = kWarp / 2; width > 0; width /= 2) value += __shfl_xor_sync(0xffffffffu, value, width);
+  __syncthreads();  // the scratch of an earlier sum may still be read
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  double sum = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+}  // namespace fused_losses::cuda

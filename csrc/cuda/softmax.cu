@@ -1,0 +1,558 @@
+// Cross entropy and softmax focal loss. The formulas are those of cpu/softmax.h: with e_j = exp(x_j - m), an index y of
+// weight A and a dense part q_j = w_j (keep t_j + smooth),
+//   value = A (log sum + m - x_y) + D + Q log sum,  grad = (A + Q) p_j - q_j - A 1_y.
+//
+// kernel    rows it serves                              bytes for N x C logits, gradient included
+// lanes     contiguous, C <= 1024                       in once, out once; the second read of a row is in L1
+// staged    contiguous, C > 1024, row (or its share     in once, out once: the row stays in shared memory
+//           in a cluster) fits shared memory
+// reread    contiguous, longer                          in twice (the second mostly from L2), out once
+// columns   any strides; a thread a position, so        in once from memory where the C rows that are in flight
+//           (N, C, d1, ...) is read coalesced           fit L2, out once
+//
+// The mean's denominator is counted on the device: by every block for few targets (they are in L2 after the first),
+// else by a launch of its own. Nothing is allocated here and the host waits for nothing.
+#include "cuda/softmax.h"
+
+#include <algorithm>
+
+#include "cuda/formulas.cuh"
+
+namespace fused_losses::cuda {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr int64_t kMaxBlocks = 4096;
+constexpr int64_t kLanesRow = 1024;  // classes, the longest row of the lanes kernel
+constexpr int64_t kCountHere = 8192;  // targets that every block counts itself
+constexpr unsigned kCountBlocks = 256;
+constexpr int64_t kSliceBytes = 48 << 10;  // of a row in one block: four blocks fit a multiprocessor, which overlaps
+                                           // one's loads with another's stores
+constexpr unsigned kMaxCluster = 8;  // what every sm_90 grants
+
+template <class T>
+constexpr T lowest = sizeof(T) == 8 ? static_cast<T>(-1.7976931348623157e308) : static_cast<T>(-3.4028234663852886e38);
+
+// ---- one row ---------------------------------------------------------------------------------------------------
+
+template <class T>
+struct RowStats {
+  T maximum, rest, q_sum, q_distance;  // rest: without the target's term; q_distance: sum of q_j (maximum - x_j)
+};
+template <class T>
+__device__ __forceinline__ RowStats<T> no_stats() {
+  return {lowest<T>, 0, 0, 0};
+}
+template <class T>
+__device__ __forceinline__ RowStats<T> relative_to(RowStats<T> s, T maximum) {
+  const T distance = maximum - s.maximum;
+  return {maximum, s.rest * exp(-distance), s.q_sum, s.q_distance + s.q_sum * distance};
+}
+template <class T>
+__device__ __forceinline__ RowStats<T> merge(RowStats<T> a, RowStats<T> b) {
+  const T maximum = at_least(a.maximum, b.maximum);
+  a = relative_to(a, maximum);
+  b = relative_to(b, maximum);
+  return {maximum, a.rest + b.rest, a.q_sum + b.q_sum, a.q_distance + b.q_distance};
+}
+
+// Row p's target: y >= 0 an index of weight A, or y = -1 and a dense part only.
+template <class T>
+struct RowTarget {
+  int64_t y;
+  bool live;  // not ignored
+  T x_y;  // the target's logit. Read before any gradient is written: that may be the same memory
+  T weight;  // A
+};
+template <class S>
+__device__ __forceinline__ RowTarget<typename ComputeOf<S>::T> row_target(const SoftmaxArgs& a, int64_t p,
+                                                                          const S* row) {
+  using T = typename ComputeOf<S>::T;
+  RowTarget<T> target{-1, true, 0, 0};
+  if (!a.index) return target;
+  target.y = a.index[p];
+  if (target.y == a.ignore_index) {
+    target.live = false;
+    return target;
+  }
+  require_target(target.y, a.classes);
+  target.x_y = widen(row[target.y * a.logits_class_stride]);
+  target.weight = (a.weight ? static_cast<const T*>(a.weight)[target.y] : T{1}) * static_cast<T>(1 - a.label_smoothing);
+  return target;
+}
+
+template <class T>
+struct DenseWeights {
+  const T* weight;  // [C] or nullptr
+  T keep, smooth;  // 1 - label_smoothing, label_smoothing / C
+  __device__ __forceinline__ DenseWeights(const SoftmaxArgs& a)
+      : weight(static_cast<const T*>(a.weight)),
+        keep(static_cast<T>(a.probability ? 1 - a.label_smoothing : 0)),
+        smooth(static_cast<T>(a.label_smoothing / static_cast<double>(a.classes))) {}
+  __device__ __forceinline__ T q(int64_t j, T t) const {
+    const T q = keep * t + smooth;
+    return weight ? weight[j] * q : q;
+  }
+};
+
+// Takes n values in; all of them before one exponential is spent on a new maximum.
+template <int n, bool dense, class T>
+__device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], const T (&q)[n], int64_t j, int64_t y) {
+  T highest = x[0];
+#pragma unroll
+  for (int k = 1; k < n; ++k) highest = at_least(x[k], highest);
+  if (highest > s.maximum) s = relative_to(s, highest);
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    const T distance = s.maximum - x[k];
+    s.rest += j + k == y ? T{0} : exp(-distance);
+    if constexpr (dense) {
+      s.q_sum += q[k];
+      s.q_distance += q[k] * distance;
+    }
+  }
+}
+
+// What every gradient of the row takes.
+template <class T>
+struct RowGradient {
+  T maximum, high, low;  // p_j (A + Q) scale = exp(x_j - maximum) (high + low)
+  T scale, at_target;
+  template <bool dense>
+  __device__ __forceinline__ T at(T x, T q, bool is_target) const {
+    const T term = exp(x - maximum);
+    T small = term * low, all = at_target;
+    if constexpr (dense) {
+      small -= scale * q;
+      all -= scale * q;
+    }
+    return is_target ? all : term * high + small;
+  }
+};
+
+template <bool dense, class T>
+__device__ __forceinline__ T finish_row(const SoftmaxArgs& a, RowStats<T> s, RowTarget<T> target, T scale,
+                                        RowGradient<T>* gradient) {
+  const bool indexed = target.y >= 0;
+  const T distance = indexed ? s.maximum - target.x_y : T{0};
+  const RowSums<T> sums{distance, indexed ? exp(-distance) : T{0}, s.rest};
+  RowLoss<T> loss{0, 0, 0};
+  if (indexed)
+    loss = a.gamma > 0 ? softmax_focal_row(sums, target.weight, a.gamma) : cross_entropy_row(sums, target.weight);
+  const T sum = sums.rest + sums.target_term, factor = (loss.softmax + s.q_sum) * scale;
+  gradient->maximum = s.maximum;
+  gradient->high = factor / sum;
+  // p - t loses digits where they are close: the quotient's rounding error goes along.
+  const T low = dense ? fma(-gradient->high, sum, factor) / sum : T{0};
+  gradient->low = low == low ? low : T{0};
+  gradient->scale = scale;
+  gradient->at_target = (loss.target + s.q_sum * sums.target_term / sum) * scale;
+  T value = loss.value;
+  if constexpr (dense) value += s.q_distance + s.q_sum * log_sum(sums);
+  return value;
+}
+
+// ---- the mean's denominator ------------------------------------------------------------------------------------
+
+// What this block's threads count of the targets from `first` on, in steps of `step` threads.
+__device__ __forceinline__ double count_targets(const SoftmaxArgs& a, int64_t first, int64_t step) {
+  double count = 0;
+  for (int64_t p = first; p < a.positions; p += step) {
+    const int64_t y = a.index[p];
+    if (y == a.ignore_index) continue;
+    require_target(y, a.classes);
+    if (!a.weight || !a.count_weights)
+      count += 1;
+    else
+      count += a.dtype == DType::f64 ? static_cast<const double*>(a.weight)[y] : static_cast<const float*>(a.weight)[y];
+  }
+  return count;
+}
+
+// The same in every thread and in every block. `scratch`: a double a warp.
+__device__ __forceinline__ double denominator_of(const SoftmaxArgs& a, const SoftmaxBuffers& b, double* scratch) {
+  if (!b.mean) return 1;
+  if (!a.index) return static_cast<double>(a.positions);
+  double count = 0;
+  if (b.count_blocks == 0) {
+    count = count_targets(a, threadIdx.x, blockDim.x);
+  } else {
+    for (unsigned i = threadIdx.x; i < b.count_blocks; i += blockDim.x) count += b.counts[i];
+  }
+  return block_sum(count, scratch);
+}
+
+__global__ void __launch_bounds__(kThreads) count_kernel(const SoftmaxArgs a, double* counts) {
+  const double count = count_targets(a, int64_t{blockIdx.x} * kThreads + threadIdx.x, int64_t{gridDim.x} * kThreads);
+  const double total = block_sum(count, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0) counts[blockIdx.x] = total;
+}
+
+template <class T>
+__device__ __forceinline__ T gradient_scale(const SoftmaxArgs& a, double denominator) {
+  return static_cast<T>(a.grad_scale / denominator);
+}
+template <class S>
+__device__ __forceinline__ typename ComputeOf<S>::T upstream_of(const SoftmaxArgs& a, const SoftmaxBuffers& b,
+                                                                int64_t p) {
+  if (b.scalar_upstream) return widen(*static_cast<const S*>(b.scalar_upstream));
+  return a.upstream ? widen(static_cast<const S*>(a.upstream)[p]) : typename ComputeOf<S>::T{1};
+}
+
+// The first logit of position p, by one of the three sets of strides.
+__device__ __forceinline__ int64_t offset_of(const SoftmaxArgs& a, const int64_t (&stride)[kMaxDims], int64_t p) {
+  int64_t offset = 0;
+  for (int d = a.ndim - 1; d > 0; --d) {
+    const int64_t rest = p / a.size[d];
+    offset += (p - rest * a.size[d]) * stride[d];
+    p = rest;
+  }
+  return offset + p * stride[0];
+}
+
+__device__ __forceinline__ void write_partial(const SoftmaxBuffers& b, double value, double* scratch) {
+  if (!b.partial) return;
+  const double total = block_sum(value, scratch);
+  if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+}
+
+// ---- lanes: some threads of a warp a row -----------------------------------------------------------------------
+
+template <class S, bool dense>
+__global__ void __launch_bounds__(kThreads)
+    softmax_lanes_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, int lanes) {
+  using T = typename ComputeOf<S>::T;
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+  const DenseWeights<T> weights(a);
+  const int lane = threadIdx.x % lanes;
+  const int64_t rows = kThreads / lanes, step = rows * gridDim.x;
+  Sum<T> sum;
+  for (int64_t first = rows * blockIdx.x; first < a.positions; first += step) {
+    // A group without a row stays: every lane of its warp takes part in the shuffles.
+    const int64_t p = first + threadIdx.x / lanes;
+    const bool inside = p < a.positions;
+    const S* x = static_cast<const S*>(a.logits) + (inside ? offset_of(a, a.logits_stride, p) : 0);
+    const S* t = inside && a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p)
+                                         : nullptr;
+    RowTarget<T> target{-1, false, 0, 0};
+    if (inside) target = row_target<S>(a, p, x);
+    RowStats<T> s = no_stats<T>();
+    if (target.live) {
+      for (int64_t j = lane; j < a.classes; j += lanes) {
+        const T one[1] = {widen(x[j])};
+        const T q[1] = {dense ? weights.q(j, t ? widen(t[j]) : T{0}) : T{0}};
+        accumulate<1, dense>(s, one, q, j, target.y);
+      }
+    }
+    for (int width = lanes / 2; width > 0; width /= 2) {
+      const RowStats<T> other{__shfl_xor_sync(0xffffffffu, s.maximum, width),
+                              __shfl_xor_sync(0xffffffffu, s.rest, width), __shfl_xor_sync(0xffffffffu, s.q_sum, width),
+                              __shfl_xor_sync(0xffffffffu, s.q_distance, width)};
+      s = merge(s, other);
+    }
+    if (!inside) continue;
+    RowGradient<T> gradient{};
+    T value = 0;
+    if (target.live) value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
+    if (lane == 0) {
+      sum.add(value);
+      if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+    }
+    if (!a.grad) continue;
+    S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
+    for (int64_t j = lane; j < a.classes; j += lanes) {
+      T grad = 0;
+      if (target.live) {
+        // With an index the smoothing's share of the target's own gradient is in q as well.
+        const T q = dense ? weights.q(j, t ? widen(t[j]) : T{0}) : T{0};
+        grad = gradient.template at<dense>(widen(x[j]), q, j == target.y);
+      }
+      g[j] = Narrow<S>::from(grad);
+    }
+  }
+  write_partial(b, sum.total, scratch);
+}
+
+// ---- staged, reread: a block, or a cluster of them, a row ------------------------------------------------------
+
+// This block's share of a row, cut where 16-byte accesses begin and end: a head and a tail of single elements.
+template <class S>
+struct Slice {
+  int64_t begin, count;
+  int head;
+  int64_t packs;
+  __device__ __forceinline__ Slice(const S* row, int64_t classes, unsigned rank, unsigned blocks) {
+    const int64_t share = (classes + blocks - 1) / blocks;
+    begin = share * rank < classes ? share * rank : classes;
+    count = begin + share < classes ? share : classes - begin;
+    const int past = misaligned(row + begin), until = past ? Pack<S>::size - past : 0;
+    head = count < until ? static_cast<int>(count) : until;
+    packs = (count - head) / Pack<S>::size;
+  }
+};
+
+// Shared memory: scratch (a double and a RowStats a warp, one RowStats for the cluster), then the staged slice.
+constexpr size_t kScratch = kThreads / kWarp * (sizeof(double) + 4 * sizeof(double)) + 4 * sizeof(double);
+
+template <class S, bool dense, bool staged>
+__global__ void __launch_bounds__(kThreads) softmax_block_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
+  using T = typename ComputeOf<S>::T;
+  constexpr int n = Pack<S>::size;
+  constexpr unsigned warps = kThreads / kWarp;
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  RowStats<T>* warp_stats = reinterpret_cast<RowStats<T>*>(scratch + warps);
+  RowStats<T>* block_stats = warp_stats + warps;
+  S* stage = reinterpret_cast<S*>(shared_memory() + kScratch);
+
+  const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+  const DenseWeights<T> weights(a);
+  const unsigned blocks = cluster_size(), rank = cluster_rank();
+  Sum<T> sum;
+  for (int64_t p = blockIdx.x / blocks; p < a.positions; p += gridDim.x / blocks) {
+    const S* row = static_cast<const S*>(a.logits) + offset_of(a, a.logits_stride, p);
+    const S* t = a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p) : nullptr;
+    const RowTarget<T> target = row_target<S>(a, p, row);
+    const Slice<S> slice(row, a.classes, rank, blocks);
+    const S* x = row + slice.begin;
+    const int64_t tail = slice.head + slice.packs * n;
+    const int shift = slice.head ? n - slice.head : 0;  // so that staged packs are aligned as well
+    const auto q_of = [&](int64_t i) -> T {
+      const int64_t j = slice.begin + i;
+      return dense ? weights.q(j, t ? widen(t[j]) : T{0}) : T{0};
+    };
+    // Calls visit(i) for the single elements of the slice, and visit_pack(i) for its packs.
+    const auto for_slice = [&](auto visit, auto visit_pack) {
+      const int64_t thread = threadIdx.x;
+      if (thread < slice.head) visit(thread);
+      for (int64_t k = thread; k < slice.packs; k += kThreads) visit_pack(slice.head + k * n);
+      if (tail + thread < slice.count) visit(tail + thread);
+    };
+
+    RowStats<T> s = no_stats<T>();
+    if (target.live) {
+      for_slice(
+          [&](int64_t i) {
+            const T one[1] = {widen(x[i])};
+            const T q[1] = {q_of(i)};
+            if constexpr (staged) stage[shift + i] = x[i];
+            accumulate<1, dense>(s, one, q, slice.begin + i, target.y);
+          },
+          [&](int64_t i) {
+            const Pack<S> pack = load_pack(x + i);
+            if constexpr (staged) store_pack(stage + shift + i, pack);
+            T wide[n], q[n];
+#pragma unroll
+            for (int k = 0; k < n; ++k) {
+              wide[k] = widen(pack.at[k]);
+              q[k] = q_of(i + k);
+            }
+            accumulate<n, dense>(s, wide, q, slice.begin + i, target.y);
+          });
+    }
+    for (int width = kWarp / 2; width > 0; width /= 2) {
+      const RowStats<T> other{__shfl_xor_sync(0xffffffffu, s.maximum, width),
+                              __shfl_xor_sync(0xffffffffu, s.rest, width), __shfl_xor_sync(0xffffffffu, s.q_sum, width),
+                              __shfl_xor_sync(0xffffffffu, s.q_distance, width)};
+      s = merge(s, other);
+    }
+    if (threadIdx.x % kWarp == 0) warp_stats[threadIdx.x / kWarp] = s;
+    __syncthreads();  // every warp's sums are there, and (in place) every thread has read the target's logit
+    s = warp_stats[0];
+    for (unsigned w = 1; w < warps; ++w) s = merge(s, warp_stats[w]);
+    if (blocks > 1) {
+      if (threadIdx.x == 0) *block_stats = s;
+      cluster_sync();  // every block's sums are there
+      s = *in_block(block_stats, 0);
+      for (unsigned r = 1; r < blocks; ++r) s = merge(s, *in_block(block_stats, r));
+    }
+
+    RowGradient<T> gradient{};
+    T value = 0;
+    if (target.live) value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
+    if (threadIdx.x == 0 && rank == 0) {
+      sum.add(value);
+      if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+    }
+    if (a.grad) {
+      S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p) + slice.begin;
+      const bool aligned = misaligned(g) == misaligned(x);
+      const auto grad_at = [&](int64_t i, S logit) {
+        if (!target.live) return Narrow<S>::from(T{0});
+        return Narrow<S>::from(gradient.template at<dense>(widen(logit), q_of(i), slice.begin + i == target.y));
+      };
+      for_slice([&](int64_t i) { g[i] = grad_at(i, staged && target.live ? stage[shift + i] : x[i]); },
+                [&](int64_t i) {
+                  const Pack<S> pack = staged && target.live ? load_pack(stage + shift + i) : load_pack(x + i);
+                  Pack<S> out;
+#pragma unroll
+                  for (int k = 0; k < n; ++k) out.at[k] = grad_at(i + k, pack.at[k]);
+                  if (aligned) {
+                    store_pack(g + i, out);
+                  } else {
+#pragma unroll
+                    for (int k = 0; k < n; ++k) g[i + k] = out.at[k];
+                  }
+                });
+    }
+    // The next row overwrites what other threads, and other blocks of the cluster, may still be reading.
+    if (blocks > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+  write_partial(b, sum.total, scratch);
+}
+
+// ---- columns: a thread a position ------------------------------------------------------------------------------
+
+template <class S, bool dense>
+__global__ void __launch_bounds__(kThreads) softmax_columns_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
+  using T = typename ComputeOf<S>::T;
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+  const DenseWeights<T> weights(a);
+  Sum<T> sum;
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x; p < a.positions; p += step) {
+    const S* x = static_cast<const S*>(a.logits) + offset_of(a, a.logits_stride, p);
+    const S* t = a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p) : nullptr;
+    const RowTarget<T> target = row_target<S>(a, p, x);
+    const auto q_of = [&](int64_t j) -> T {
+      return dense ? weights.q(j, t ? widen(t[j * a.probability_class_stride]) : T{0}) : T{0};
+    };
+    RowGradient<T> gradient{};
+    T value = 0;
+    if (target.live) {
+      RowStats<T> s = no_stats<T>();
+      for (int64_t j = 0; j < a.classes; ++j) {
+        const T one[1] = {widen(x[j * a.logits_class_stride])};
+        const T q[1] = {q_of(j)};
+        accumulate<1, dense>(s, one, q, j, target.y);
+      }
+      value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
+    }
+    sum.add(value);
+    if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+    if (!a.grad) continue;
+    S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
+    for (int64_t j = 0; j < a.classes; ++j) {
+      T grad = 0;
+      if (target.live) grad = gradient.template at<dense>(widen(x[j * a.logits_class_stride]), q_of(j), j == target.y);
+      g[j * a.grad_class_stride] = Narrow<S>::from(grad);
+    }
+  }
+  write_partial(b, sum.total, scratch);
+}
+
+// ---- the loss --------------------------------------------------------------------------------------------------
+
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    softmax_finish_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, unsigned blocks, S* loss) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const double denominator = denominator_of(a, b, scratch);
+  double sum = 0;
+  for (unsigned i = threadIdx.x; i < blocks; i += kThreads) sum += b.partial[i];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum / denominator));
+}
+
+template <class S, bool dense>
+cudaError_t launch_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const SoftmaxBuffers& b,
+                           cudaStream_t stream) {
+  switch (plan.kernel) {
+    case SoftmaxKernel::lanes:
+      return launch(softmax_lanes_kernel<S, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b,
+                    static_cast<int>(plan.lanes));
+    case SoftmaxKernel::staged:
+      return launch(softmax_block_kernel<S, dense, true>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
+                    a, b);
+    case SoftmaxKernel::reread:
+      return launch(softmax_block_kernel<S, dense, false>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
+                    a, b);
+    case SoftmaxKernel::columns: break;
+  }
+  return launch(softmax_columns_kernel<S, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b);
+}
+
+// f(S{}) for the storage type.
+template <class F>
+cudaError_t for_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    case DType::f32: break;
+  }
+  return f(float{});
+}
+
+}  // namespace
+
+cudaError_t plan_softmax(const SoftmaxArgs& a, bool needs_count, int device, SoftmaxPlan* plan) {
+  const int64_t element = a.dtype == DType::f64 ? 8 : a.dtype == DType::f32 ? 4 : 2;
+  const int64_t classes = a.classes, positions = a.positions, row_bytes = classes * element;
+  int major = 0, optin = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+
+  const auto blocks_for = [&](int64_t rows_a_block) {
+    return static_cast<unsigned>(std::clamp((positions + rows_a_block - 1) / rows_a_block, int64_t{1}, kMaxBlocks));
+  };
+  *plan = {SoftmaxKernel::columns, 0, kThreads, 0, 1, kThreads / kWarp * sizeof(double), 0};
+  if (needs_count && a.index && positions > kCountHere)
+    plan->count_blocks = static_cast<unsigned>(std::min<int64_t>(kCountBlocks, (positions + 1023) / 1024));
+
+  const bool contiguous = a.logits_class_stride == 1 && (!a.grad || a.grad_class_stride == 1) &&
+                          (!a.probability || a.probability_class_stride == 1);
+  if (!contiguous) {
+    plan->blocks = blocks_for(kThreads);
+  } else if (classes <= kLanesRow) {
+    plan->kernel = SoftmaxKernel::lanes;
+    plan->lanes = 4;
+    while (plan->lanes < kWarp && plan->lanes * 4 < classes) plan->lanes *= 2;
+    plan->blocks = blocks_for(kThreads / plan->lanes);
+  } else {
+    // A row's share that leaves room for other blocks; on sm_90 and later a cluster makes it small enough.
+    unsigned cluster = 1;
+    if (major >= 9)
+      while (cluster < kMaxCluster && row_bytes / cluster > kSliceBytes) cluster *= 2;
+    const size_t stage = static_cast<size_t>(((classes + cluster - 1) / cluster + 16) * element + 15) / 16 * 16;
+    plan->cluster = cluster;
+    plan->shared = kScratch;
+    plan->kernel = SoftmaxKernel::reread;
+    if (stage + kScratch <= static_cast<size_t>(optin)) {
+      plan->kernel = SoftmaxKernel::staged;
+      plan->shared += stage;
+    }
+    plan->blocks = static_cast<unsigned>(std::min(positions, kMaxBlocks)) * cluster;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const SoftmaxBuffers& b, cudaStream_t stream) {
+  if (plan.count_blocks > 0) {
+    const cudaError_t error =
+        launch(count_kernel, plan.count_blocks, kThreads, 1, kThreads / kWarp * sizeof(double), stream, a, b.counts);
+    if (error != cudaSuccess) return error;
+  }
+  const bool dense = a.probability || a.label_smoothing != 0;
+  return for_dtype(a.dtype, [&](auto type) {
+    using S = decltype(type);
+    return dense ? launch_softmax<S, true>(a, plan, b, stream) : launch_softmax<S, false>(a, plan, b, stream);
+  });
+}
+
+cudaError_t finish_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const SoftmaxBuffers& b, void* loss,
+                           cudaStream_t stream) {
+  return for_dtype(a.dtype, [&](auto type) {
+    using S = decltype(type);
+    return launch(softmax_finish_kernel<S>, 1, kThreads, 1, kThreads / kWarp * sizeof(double), stream, a, b,
+                  plan.blocks, static_cast<S*>(loss));
+  });
+}
+
+}  // namespace fused_losses::cuda

@@ -1,0 +1,55 @@
+"""Builds the CUDA kernels, and the ops around them, for the host: torch.ops.fused_losses_simt."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# memcpy between bit patterns and numbers is how the kernels convert; nothing else is let pass.
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or next(name for name in ("c++", "g++") if shutil.which(name))
+
+
+def library(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC) -> Path:
+    """The shared object, built in `folder` unless it is newer than everything it is made of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / "simt.so"
+    sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("torch/cuda_*.cpp")]
+    sources += [csrc / "torch/tensors.cpp", csrc / "torch/arguments.cpp", HERE / "simt.cpp"]
+    depends = [path for root in (csrc, HERE) for path in root.rglob("*.*") if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    if result.exists() and result.stat().st_mtime > max(path.stat().st_mtime for path in depends):
+        return result
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", *WARNINGS, *(SANITIZERS if sanitize else [])]
+    flags += ["-DFUSED_LOSSES_SIMT=\"simt.h\"", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += [f"-I{HERE}", f"-I{HERE / 'include'}", f"-I{csrc}", "-isystem", str(include)]
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.parent.name}_{source.stem}.o"
+        command = [compiler(), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for the host:\n{done.stderr[-6000:]}")
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sources))
+    link = [compiler(), "-shared", *(SANITIZERS if sanitize else []), *objects, "-o", str(result)]
+    subprocess.run([*link, f"-L{include.parent / 'lib'}", "-ltorch_cpu"], check=True)
+    return result
+
+
+if __name__ == "__main__":
+    print(library(Path(sys.argv[1]), sanitize="--sanitize" in sys.argv))

@@ -1,0 +1,52 @@
+"""Runs the package on the CUDA kernels' source, on CPU tensors: `with emulated(library): F.cross_entropy(...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import fused_losses.bce
+import fused_losses.cross_entropy
+import fused_losses.focal
+from fused_losses import _autograd
+from fused_losses._ops import LossOps
+
+import sys
+
+_PLACES = [
+    ("fused_losses.cross_entropy", "_OPS", "cross_entropy"),
+    ("fused_losses.bce", "_WITH_LOGITS", "bce_with_logits"),
+    ("fused_losses.bce", "_OPS", "bce"),
+    ("fused_losses.focal", "_SIGMOID", "sigmoid_focal"),
+    ("fused_losses.focal", "_SOFTMAX", "softmax_focal"),
+]
+
+
+@contextmanager
+def emulated(library: Path) -> Iterator[None]:
+    torch.ops.load_library(str(library))
+    ops = torch.ops.fused_losses_simt
+    before = []
+    for module_name, attribute, name in _PLACES:
+        module = sys.modules[module_name]
+        ours: LossOps = getattr(module, attribute)
+        before.append((module, attribute, ours))
+        forms = {
+            "forward": getattr(ops, name).default,
+            "train": getattr(ops, name + "_train").default,
+            "train_": getattr(ops, name + "_train_").default,
+            "backward": getattr(ops, name + "_backward").default,
+            "backward_": getattr(ops, name + "_backward_").default,
+        }
+        setattr(module, attribute, dataclasses.replace(ours, **forms))
+    before.append((_autograd, "scale_", _autograd.scale_))
+    _autograd.scale_ = ops.scale_.default
+    try:
+        yield
+    finally:
+        for module, attribute, value in before:
+            setattr(module, attribute, value)

@@ -1,0 +1,265 @@
+#include "simt.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace simt {
+namespace {
+
+constexpr size_t kStack = 128 << 10;
+constexpr unsigned kWarp = 32;
+
+enum class State { ready, at_block_barrier, at_cluster_barrier, in_exchange, done };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;
+  Index thread;
+  unsigned rank;  // of its block in the cluster
+  State state = State::ready;
+  uint64_t value;
+  int distance;
+};
+
+struct Machine {
+  const std::function<void()>* kernel = nullptr;
+  std::vector<std::unique_ptr<char[]>> shared;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  ucontext_t scheduler;
+  void* fake_stack = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+  Fiber* current = nullptr;
+  Index first_block, block, threads, grid;
+  unsigned cluster = 1;
+  std::string error;
+  std::mt19937 random{[] {
+    const char* seed = std::getenv("FUSED_LOSSES_SIMT_SEED");
+    return seed ? static_cast<unsigned>(std::atoi(seed)) : 1u;
+  }()};
+};
+Machine machine;
+
+void to_scheduler() {
+  Fiber* self = machine.current;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(self->state == State::done ? nullptr : &self->fake_stack, machine.stack_bottom,
+                                 machine.stack_size);
+#endif
+  swapcontext(&self->context, &machine.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
+#endif
+}
+
+void enter() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
+#endif
+  (*machine.kernel)();
+  machine.current->state = State::done;
+  to_scheduler();
+}
+
+void resume(Fiber& fiber) {
+  machine.current = &fiber;
+  machine.block.x = machine.first_block.x + fiber.rank;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&machine.fake_stack, fiber.stack.get(), kStack);
+#endif
+  swapcontext(&machine.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);
+#endif
+}
+
+void wait_as(State state) {
+  machine.current->state = state;
+  to_scheduler();
+}
+
+// Lets the fibers in [first, last) go on if all of them that still run have come to `state`.
+bool release(size_t first, size_t last, State state) {
+  bool any = false;
+  for (size_t i = first; i < last; ++i) {
+    const State s = machine.fibers[i]->state;
+    if (s == State::done) continue;
+    if (s != state) return false;
+    any = true;
+  }
+  if (!any) return false;
+  if (state == State::in_exchange) {
+    std::vector<uint64_t> given;
+    for (size_t i = first; i < last; ++i) {
+      if (machine.fibers[i]->state == State::done) {
+        machine.error = "a lane has left the warp before a shuffle of all lanes";
+        return false;
+      }
+      given.push_back(machine.fibers[i]->value);
+    }
+    for (size_t i = first; i < last; ++i) {
+      Fiber& fiber = *machine.fibers[i];
+      const size_t from = (i - first) ^ static_cast<size_t>(fiber.distance);
+      if (from >= given.size()) machine.error = "a shuffle reads beyond the warp";
+      fiber.value = given[from % given.size()];
+    }
+  }
+  for (size_t i = first; i < last; ++i)
+    if (machine.fibers[i]->state == state) machine.fibers[i]->state = State::ready;
+  return true;
+}
+
+bool release_some() {
+  const size_t all = machine.fibers.size(), threads = machine.threads.x;
+  bool any = false;
+  for (size_t first = 0; first < all; first += kWarp)
+    any |= release(first, std::min<size_t>(first + kWarp, all), State::in_exchange);
+  for (size_t first = 0; first < all; first += threads) any |= release(first, first + threads, State::at_block_barrier);
+  return any | release(0, all, State::at_cluster_barrier);
+}
+
+void run_cluster(unsigned first_block, size_t shared) {
+  machine.first_block.x = first_block;
+  machine.shared.clear();
+  for (unsigned rank = 0; rank < machine.cluster; ++rank) {
+    machine.shared.emplace_back(new char[shared]);
+    memset(machine.shared.back().get(), 0xA5, shared);
+  }
+  for (unsigned i = 0; i < machine.fibers.size(); ++i) {
+    Fiber& fiber = *machine.fibers[i];
+    fiber.rank = i / machine.threads.x;
+    fiber.thread.x = i % machine.threads.x;
+    fiber.state = State::ready;
+    fiber.fake_stack = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  std::vector<Fiber*> ready;
+  for (;;) {
+    ready.clear();
+    size_t running = 0;
+    for (auto& fiber : machine.fibers) {
+      running += fiber->state != State::done;
+      if (fiber->state == State::ready) ready.push_back(fiber.get());
+    }
+    if (running == 0) return;
+    if (ready.empty()) {
+      if (!release_some() && machine.error.empty()) machine.error = "threads wait for threads that never come";
+      if (!machine.error.empty()) return;
+      continue;
+    }
+    std::shuffle(ready.begin(), ready.end(), machine.random);
+    for (Fiber* fiber : ready) {
+      resume(*fiber);
+      if (!machine.error.empty()) return;
+    }
+  }
+}
+
+}  // namespace
+
+Index& thread_index() { return machine.current->thread; }
+Index& block_index() { return machine.block; }
+Index& block_size() { return machine.threads; }
+Index& grid_size() { return machine.grid; }
+void sync_block() { wait_as(State::at_block_barrier); }
+void sync_cluster() { wait_as(State::at_cluster_barrier); }
+uint64_t exchange(uint64_t value, int distance) {
+  machine.current->value = value;
+  machine.current->distance = distance;
+  wait_as(State::in_exchange);
+  return machine.current->value;
+}
+char* shared_memory() { return machine.shared[machine.current->rank].get(); }
+char* shared_memory_of(unsigned rank) { return machine.shared.at(rank).get(); }
+unsigned cluster_size() { return machine.cluster; }
+unsigned cluster_rank() { return machine.current->rank; }
+
+void fail(const char* why, long long a, long long b) {
+  char text[200];
+  std::snprintf(text, sizeof text, why, a, b);
+  machine.error = text;
+  for (;;) to_scheduler();  // never resumed
+}
+
+cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned cluster,
+                size_t shared) {
+  machine.kernel = &kernel;
+  machine.threads.x = threads;
+  machine.grid.x = blocks;
+  machine.cluster = cluster;
+  machine.error.clear();
+  if (threads % kWarp || blocks % cluster) machine.error = "blocks are whole warps, grids whole clusters";
+  machine.fibers.resize(size_t{threads} * cluster);
+  for (auto& fiber : machine.fibers) {
+    if (fiber) continue;
+    fiber = std::make_unique<Fiber>();
+    fiber->stack.reset(new char[kStack]);
+  }
+  for (unsigned block = 0; block < blocks && machine.error.empty(); block += cluster) {
+#if defined(__SANITIZE_ADDRESS__)
+    for (auto& fiber : machine.fibers) __asan_unpoison_memory_region(fiber->stack.get(), kStack);
+#endif
+    run_cluster(block, shared);
+  }
+  return machine.error.empty() ? cudaSuccess : cudaErrorAssert;
+}
+
+}  // namespace simt
+
+const char* cudaGetErrorString(cudaError_t) { return simt::machine.error.c_str(); }
+
+// FUSED_LOSSES_SIMT_CAPABILITY: the major compute capability, with or without clusters.
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
+    const char* bytes = std::getenv("FUSED_LOSSES_SIMT_SHARED");
+    *value = bytes ? std::atoi(bytes) : 99 << 10;
+  } else {
+    const char* major = std::getenv("FUSED_LOSSES_SIMT_CAPABILITY");
+    *value = major ? std::atoi(major) : 9;
+  }
+  return cudaSuccess;
+}
+
+namespace fused_losses::cuda {
+
+float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31;
+  const float fraction = static_cast<float>(bits & 1023) / 1024;
+  const float value = exponent == 0    ? std::ldexp(fraction, -14)
+                      : exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
+                                       : std::ldexp(1 + fraction, exponent - 15);
+  return bits & 0x8000 ? -value : value;
+}
+
+uint16_t float_to_half(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float size = std::fabs(x);
+  if (x != x) return 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  int exponent;
+  std::frexp(size, &exponent);
+  exponent = std::max(exponent, -13);
+  // In units of the last place there; a mantissa that rounds up to 2048 is the next exponent's first.
+  const auto units = static_cast<uint16_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
+  return sign | static_cast<uint16_t>(units + (units >= 1024 ? (exponent + 13) << 10 : 0));
+}
+
+}  // namespace fused_losses::cuda

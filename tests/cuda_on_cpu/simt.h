@@ -1,0 +1,89 @@
+// A GPU in one thread: what csrc/cuda/simt.cuh gives a kernel, given on a CPU. Every thread of a block (of a cluster of
+// blocks) is a fiber; barriers and shuffles hand the processor to another one, chosen at random, so that a result
+// which depends on a barrier that is not there changes from run to run. Shared memory is allocated to the byte and
+// filled with garbage: AddressSanitizer sees the end of it, and nobody gets zeros for free. What would hang a GPU, a
+// barrier that some thread never reaches, is an error here.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace simt {
+
+struct Index {
+  unsigned x;
+};
+Index& thread_index();
+Index& block_index();
+Index& block_size();
+Index& grid_size();
+
+void sync_block();
+void sync_cluster();
+// What the lane at `xor`-distance gave, once every lane of the warp has come here with a value.
+uint64_t exchange(uint64_t value, int distance);
+char* shared_memory();
+unsigned cluster_size();
+unsigned cluster_rank();
+char* shared_memory_of(unsigned rank);
+[[noreturn]] void fail(const char* why, long long a, long long b);
+
+cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned cluster, size_t shared);
+
+}  // namespace simt
+
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
+#define gridDim (simt::grid_size())
+
+inline void __syncthreads() { simt::sync_block(); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = simt::exchange(bits, distance);
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+namespace fused_losses::cuda {
+
+using std::fma;
+
+float half_to_float(uint16_t bits);
+uint16_t float_to_half(float x);
+
+inline char* shared_memory() { return simt::shared_memory(); }
+inline unsigned cluster_size() { return simt::cluster_size(); }
+inline unsigned cluster_rank() { return simt::cluster_rank(); }
+inline void cluster_sync() { simt::sync_cluster(); }
+template <class P>
+P* in_block(P* own, unsigned rank) {
+  return reinterpret_cast<P*>(simt::shared_memory_of(rank) + (reinterpret_cast<char*>(own) - simt::shared_memory()));
+}
+
+inline void require_target(int64_t target, int64_t classes) {
+  if (target < 0 || target >= classes) simt::fail("target %lld is out of bounds: input has %lld classes", target, classes);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, unsigned cluster, size_t shared,
+                   cudaStream_t, Arguments... arguments) {
+  return simt::run([=] { kernel(static_cast<Parameters>(arguments)...); }, blocks, threads, cluster, shared);
+}
+
+}  // namespace fused_losses::cuda
