@@ -24,8 +24,9 @@ namespace {
 constexpr unsigned kThreads = 256;
 constexpr int64_t kMaxBlocks = 4096;
 constexpr int64_t kLanesRow = 1024;  // classes, the longest row of the lanes kernel
-constexpr int64_t kCountHere = 8192;  // targets that every block counts itself
+constexpr int64_t kCountHere = 1024;  // targets that every block counts itself
 constexpr unsigned kCountBlocks = 256;
+constexpr int64_t kRun = 32;  // classes that one thread adds up before it starts a new sum
 constexpr int64_t kSliceBytes = 48 << 10;  // of a row in one block: four blocks fit a multiprocessor, which overlaps
                                            // one's loads with another's stores
 constexpr unsigned kMaxCluster = 8;  // what every sm_90 grants
@@ -426,10 +427,15 @@ __global__ void __launch_bounds__(kThreads) softmax_columns_kernel(const Softmax
     T value = 0;
     if (target.live) {
       RowStats<T> s = no_stats<T>();
-      for (int64_t j = 0; j < a.classes; ++j) {
-        const T one[1] = {widen(x[j * a.logits_class_stride])};
-        const T q[1] = {q_of(j)};
-        accumulate<1, dense>(s, one, q, j, target.y);
+      for (int64_t first = 0; first < a.classes; first += kRun) {  // short runs: a long sum loses digits
+        RowStats<T> run = no_stats<T>();
+        const int64_t until = first + kRun < a.classes ? first + kRun : a.classes;
+        for (int64_t j = first; j < until; ++j) {
+          const T one[1] = {widen(x[j * a.logits_class_stride])};
+          const T q[1] = {q_of(j)};
+          accumulate<1, dense>(run, one, q, j, target.y);
+        }
+        s = merge(s, run);
       }
       value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
     }

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-import fused_losses.bce
-import fused_losses.cross_entropy
-import fused_losses.focal
 from fused_losses import _autograd
 from fused_losses._ops import LossOps
-
-import sys
 
 _PLACES = [
     ("fused_losses.cross_entropy", "_OPS", "cross_entropy"),

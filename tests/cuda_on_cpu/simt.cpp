@@ -205,6 +205,10 @@ cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned t
   machine.threads.x = threads;
   machine.grid.x = blocks;
   machine.cluster = cluster;
+#if defined(__SANITIZE_ADDRESS__)
+  if (!machine.error.empty())  // fibers that were left in the middle have left their stacks' guards behind
+    for (auto& fiber : machine.fibers) __asan_unpoison_memory_region(fiber->stack.get(), kStack);
+#endif
   machine.error.clear();
   if (threads % kWarp || blocks % cluster) machine.error = "blocks are whole warps, grids whole clusters";
   machine.fibers.resize(size_t{threads} * cluster);
@@ -213,12 +217,7 @@ cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned t
     fiber = std::make_unique<Fiber>();
     fiber->stack.reset(new char[kStack]);
   }
-  for (unsigned block = 0; block < blocks && machine.error.empty(); block += cluster) {
-#if defined(__SANITIZE_ADDRESS__)
-    for (auto& fiber : machine.fibers) __asan_unpoison_memory_region(fiber->stack.get(), kStack);
-#endif
-    run_cluster(block, shared);
-  }
+  for (unsigned block = 0; block < blocks && machine.error.empty(); block += cluster) run_cluster(block, shared);
   return machine.error.empty() ? cudaSuccess : cudaErrorAssert;
 }
 

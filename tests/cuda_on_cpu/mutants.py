@@ -1,0 +1,141 @@
+"""Breaks the CUDA kernels on purpose, one way at a time, and asks whether tests/test_cuda_on_cpu.py notices.
+
+    python tests/cuda_on_cpu/mutants.py
+
+A mutant that survives is a test that is missing. Each is compiled and run in a folder of its own, a minute or so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+
+# What is broken, the file, the text, and what takes its place.
+MUTANTS = [
+    (
+        "no barrier before the warps' sums are read",
+        "cuda/softmax.cu",
+        "    __syncthreads();  // every warp's sums are there",
+        "    // every warp's sums are there",
+    ),
+    (
+        "no barrier before the next row takes the shared memory",
+        "cuda/softmax.cu",
+        "    } else {\n      __syncthreads();\n    }",
+        "    }",
+    ),
+    (
+        "no cluster barrier before the blocks' sums are read",
+        "cuda/softmax.cu",
+        "      cluster_sync();  // every block's sums are there",
+        "      // every block's sums are there",
+    ),
+    (
+        "no barrier in a block's sum",
+        "cuda/simt.cuh",
+        "scratch[threadIdx.x / kWarp] = value;\n  __syncthreads();",
+        "scratch[threadIdx.x / kWarp] = value;",
+    ),
+    (
+        "a tail one element short",
+        "cuda/softmax.cu",
+        "if (tail + thread < slice.count)",
+        "if (tail + thread + 1 < slice.count)",
+    ),
+    (
+        "a head one element long",
+        "cuda/softmax.cu",
+        "if (thread < slice.head) visit(thread);",
+        "if (thread <= slice.head) visit(thread);",
+    ),
+    (
+        "packs from a misaligned address",
+        "cuda/softmax.cu",
+        "head = count < until ? static_cast<int>(count) : until;",
+        "head = 0;",
+    ),
+    (
+        "the farthest lanes dropped from a row's sum",
+        "cuda/softmax.cu",
+        "for (int width = lanes / 2; width > 0; width /= 2)",
+        "for (int width = lanes / 4; width > 0; width /= 2)",
+    ),
+    (
+        "the farthest lanes dropped from a warp's sum",
+        "cuda/softmax.cu",
+        "for (int width = kWarp / 2; width > 0; width /= 2)",
+        "for (int width = kWarp / 4; width > 0; width /= 2)",
+    ),
+    (
+        "the gradient's class stride is the logits'",
+        "cuda/softmax.cu",
+        "g[j * a.grad_class_stride]",
+        "g[j * a.logits_class_stride]",
+    ),
+    (
+        "the probabilities' strides are the logits'",
+        "cuda/softmax.cu",
+        "offset_of(a, a.probability_stride, p)",
+        "offset_of(a, a.logits_stride, p)",
+    ),
+    (
+        "a weight's run goes on past the end of its dimension",
+        "cuda/elementwise.cu",
+        "if (i % a.size[last] + n <= a.size[last])",
+        "if (true)",
+    ),
+    (
+        "the elements after the last pack are left out",
+        "cuda/elementwise.cu",
+        "for (int64_t i = packs * n + first; i < count; i += step)",
+        "for (int64_t i = packs * n + first; i < packs * n; i += step)",
+    ),
+    ("ignored targets are counted", "cuda/softmax.cu", "    if (y == a.ignore_index) continue;\n", ""),
+]
+
+
+def survives(mutant: tuple[str, str, str, str], folder: Path) -> bool:
+    _, name, text, instead = mutant
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    path = csrc / name
+    source = path.read_text()
+    if text not in source:
+        sys.exit(f"{name} no longer holds {text!r}: mend the mutant")
+    path.write_text(source.replace(text, instead))
+    environment = os.environ | {"FUSED_LOSSES_SIMT_CSRC": str(csrc), "FUSED_LOSSES_SIMT_BUILD": str(folder)}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not sanitizers"]
+    return (
+        subprocess.run(
+            [*command, "test_cuda_on_cpu.py"], cwd=TESTS, env=environment, capture_output=True
+        ).returncode
+        == 0
+    )
+
+
+def main() -> None:
+    table = Table("mutant", "tests")
+    survivors = 0
+    for mutant in track(MUTANTS, "mutants", console=Console(stderr=True)):
+        with tempfile.TemporaryDirectory() as folder:
+            lives = survives(mutant, Path(folder))
+        survivors += lives
+        table.add_row(mutant[0], "[red]pass: not noticed" if lives else "fail, as they should")
+    Console().print(table)
+    sys.exit(f"{survivors} of {len(MUTANTS)} survive" if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The CUDA kernels' own source, run on the CPU (tests/cuda_on_cpu/simt.h), by the accuracy rule."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as torch_functional
+from accuracy import arrange, assert_accurate, draw
+from cuda_on_cpu import build
+from cuda_on_cpu.emulated import emulated
+from torch import Tensor
+
+import fused_losses.functional as F
+
+ROOT = Path(__file__).parents[1]
+SANITIZED = "FUSED_LOSSES_SIMT_SANITIZED"  # set in the child process that runs under AddressSanitizer
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# Every kernel, and sizes around what it is cut at: lanes of a warp, 16 bytes, a block's threads.
+CLASSES = [1, 2, 3, 15, 16, 17, 31, 33, 127, 1000, 1024, 1025, 1027, 4099]
+# (compute capability, shared memory of a block): clusters and a staged row, a staged row alone, two reads.
+DEVICES = {"cluster": ("9", "101376"), "staged": ("8", "101376"), "reread": ("8", "4096")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Iterator[None]:
+    sanitize = SANITIZED in os.environ
+    folder = Path(os.environ.get("FUSED_LOSSES_SIMT_BUILD", ROOT / "build"))
+    library = build.library(folder / ("simt-sanitized" if sanitize else "simt"), sanitize=sanitize)
+    with emulated(library):
+        yield
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    capability, shared = DEVICES[request.param]
+    monkeypatch.setenv("FUSED_LOSSES_SIMT_CAPABILITY", capability)
+    monkeypatch.setenv("FUSED_LOSSES_SIMT_SHARED", shared)
+    return request.param
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    return torch.randn(logits.shape, dtype=torch.float64).softmax(min(1, logits.dim() - 1)).to(logits.dtype)
+
+
+def softmax_options(kind: str, logits: Tensor, index: Tensor) -> dict[str, Any]:
+    classes = logits.shape[1]
+    weight = torch.rand(classes, dtype=torch.float64).add(0.1).to(logits.dtype)
+    if kind == "index":
+        return {"target": index}
+    if kind == "all options":
+        index.view(-1)[::3] = -100
+        return {"target": index, "weight": weight, "label_smoothing": 0.2}
+    return {"target": probabilities(logits), "weight": weight, "label_smoothing": 0.1}
+
+
+def check_cross_entropy(logits: Tensor, **options: Any) -> None:
+    soft = options["target"].is_floating_point() or "label_smoothing" in options
+    assert_accurate(F.cross_entropy, torch_functional.cross_entropy, logits, cancels=soft, **options)
+
+
+@pytest.mark.parametrize("kind", ["index", "all options", "probability"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_rows(classes: int, dtype: torch.dtype, kind: str) -> None:
+    logits, index = draw((5, classes), "ordinary", dtype)
+    for reduction in ("mean", "none"):
+        check_cross_entropy(logits, reduction=reduction, **softmax_options(kind, logits, index.clone()))
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [1025, 16387, 50257])
+def test_long_rows(classes: int, dtype: torch.dtype, kind: str, device: str) -> None:
+    """Odd lengths: every row begins elsewhere between two 16-byte boundaries."""
+    logits, index = draw((3, classes), "ordinary", dtype)
+    check_cross_entropy(logits, **softmax_options(kind, logits, index))
+
+
+@pytest.mark.parametrize("kind", ["confident", "extreme", "minus infinity first"])
+@pytest.mark.parametrize("shape", [(65, 33), (4, 1100), (3, 9, 5)])
+def test_confident_and_extreme_logits(shape: tuple[int, ...], kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        logits, index = draw(shape, kind, dtype)
+        check_cross_entropy(logits, target=index)
+        assert_accurate(F.softmax_focal_loss, plain.softmax_focal_loss, logits, target=index, gamma=1.5)
+
+
+@pytest.mark.parametrize("kind", ["index", "all options", "probability"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "sliced", "stepped"])
+@pytest.mark.parametrize("shape", [(7, 33, 5), (2, 5, 4, 6), (6, 40), (4, 1030)])
+def test_layouts(shape: tuple[int, ...], layout: str, kind: str) -> None:
+    for dtype, reduction in ((torch.float32, "mean"), (torch.bfloat16, "none")):
+        logits, index = draw(shape, "ordinary", dtype)
+        options = softmax_options(kind, logits, index)
+        check_cross_entropy(arrange(logits, layout), reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("positions", [1024, 1025, 20000])
+def test_many_targets_are_counted_apart(positions: int) -> None:
+    logits, index = draw((positions, 3), "ordinary", torch.float32)
+    index[::7] = -100
+    check_cross_entropy(logits, target=index, weight=torch.tensor([0.5, 2.0, 1.0]))
+
+
+@pytest.mark.parametrize("classes", [5, 1500])
+def test_ignored_rows(classes: int, device: str) -> None:
+    logits = torch.full((4, classes), math.nan)
+    logits[1] = torch.randn(classes)
+    leaf = logits.requires_grad_()
+    loss = F.cross_entropy(leaf, torch.tensor([-100, 2, -100, -100]))
+    loss.backward()
+    assert leaf.grad is not None
+    assert loss.isfinite()
+    assert (leaf.grad[[0, 2, 3]] == 0).all()
+    assert F.cross_entropy(logits.detach(), torch.full((4,), -100)).isnan()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.7])
+def test_softmax_focal(gamma: float) -> None:
+    for shape in ((65, 33), (3, 1100), (2, 5, 4, 6)):
+        logits, index = draw(shape, "ordinary", torch.float32)
+        alpha = torch.rand(shape[1])
+        for reduction in ("mean", "none"):
+            options = {"target": index, "alpha": alpha, "gamma": gamma, "reduction": reduction}
+            assert_accurate(F.softmax_focal_loss, plain.softmax_focal_loss, logits, **options)
+
+
+def exact_bce(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    from fused_losses import reference
+
+    return reference.binary_cross_entropy_with_logits(
+        input, target, options.get("weight"), options.get("pos_weight"), options.get("reduction", "mean")
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (3,), (17,), (9, 17), (3, 17, 5), (5, 1000)])
+def test_bce_with_logits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    ours, theirs = F.binary_cross_entropy_with_logits, torch_functional.binary_cross_entropy_with_logits
+    logits, target = (torch.randn(shape).double() * 3).to(dtype), torch.rand(shape).to(dtype)
+    last = torch.rand(shape[-1]).to(dtype)
+    for reduction in ("mean", "sum", "none"):
+        for weights in (
+            {},
+            {"pos_weight": last},
+            {"weight": torch.rand(shape).to(dtype), "pos_weight": last},
+        ):
+            options = {"target": target, "reduction": reduction, **weights}
+            assert_accurate(ours, theirs, logits, exact=exact_bce, cancels=True, **options)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "sliced", "stepped"])
+@pytest.mark.parametrize("shape", [(9, 17), (3, 17, 5), (2, 5, 4, 6), (40, 80)])
+def test_element_wise_layouts(shape: tuple[int, ...], layout: str) -> None:
+    for dtype, reduction in ((torch.float32, "mean"), (torch.bfloat16, "none")):
+        logits, target = torch.randn(shape).to(dtype), torch.rand(shape).round().to(dtype)
+        for pos_weight in (None, torch.rand(shape[-1]).to(dtype), torch.rand(shape[-2], 1).to(dtype)):
+            assert_accurate(
+                F.binary_cross_entropy_with_logits,
+                torch_functional.binary_cross_entropy_with_logits,
+                arrange(logits, layout),
+                exact=exact_bce,
+                target=target,
+                pos_weight=pos_weight,
+                reduction=reduction,
+            )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 2.0, 3.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sigmoid_focal(dtype: torch.dtype, gamma: float) -> None:
+    logits, targets = (torch.randn(65, 33).double() * 3).to(dtype), torch.rand(65, 33).round().to(dtype)
+    for alpha, reduction in ((0.25, "mean"), (-1, "none")):
+        options = {"targets": targets, "alpha": alpha, "gamma": gamma, "reduction": reduction}
+        assert_accurate(F.sigmoid_focal_loss, plain.sigmoid_focal_loss, logits, **options)
+
+
+def test_bce_on_probabilities() -> None:
+    probability, target = torch.rand(33, 17).clamp(0.01, 0.99), torch.rand(33, 17)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_accurate(
+            F.binary_cross_entropy,
+            torch_functional.binary_cross_entropy,
+            probability.to(dtype),
+            cancels=True,
+            target=target.to(dtype),
+        )
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 1100), (3, 9, 5)])
+def test_in_place(shape: tuple[int, ...], device: str) -> None:
+    logits, index = draw(shape, "ordinary", torch.float32)
+    leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    for reduction in ("mean", "none"):
+        upstream = torch.rand_like(F.cross_entropy(logits, index, reduction=reduction))
+        F.cross_entropy(leaf * 1, index, reduction=reduction, inplace_backward=True).backward(upstream)
+        F.cross_entropy(other, index, reduction=reduction).backward(upstream)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=0, atol=0)
+
+
+def test_empty_input() -> None:
+    logits = torch.empty(0, 5).requires_grad_()
+    target = torch.empty(0, dtype=torch.long)
+    assert F.cross_entropy(logits, target).isnan()
+    assert F.cross_entropy(logits, target, reduction="sum") == 0
+    assert F.binary_cross_entropy_with_logits(logits, torch.empty(0, 5)).isnan()
+    F.cross_entropy(logits, target, reduction="none").sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("target", [-1, 7, 2**40])
+@pytest.mark.parametrize("positions", [3, 9000])
+@pytest.mark.parametrize("shape", [(7,), (7, 2)])
+def test_a_target_out_of_range_stops_the_kernel(shape: tuple[int, ...], positions: int, target: int) -> None:
+    logits = torch.randn(positions, *shape)
+    index = torch.zeros(positions, *shape[1:], dtype=torch.long)
+    index.view(-1)[-2] = target
+    for weight in (None, torch.rand(7)):
+        with pytest.raises(RuntimeError, match=f"target {target} is out of bounds: input has 7 classes"):
+            F.cross_entropy(logits, index, weight)
+
+
+def test_the_same_bits_in_any_order_of_threads(device: str) -> None:
+    """Between barriers the emulation runs the threads in a different order each time."""
+    logits, index = draw((50, 2050), "ordinary", torch.float32)
+    targets = torch.rand(50, 2050)
+    runs = []
+    for _ in range(3):
+        leaf = logits.clone().requires_grad_()
+        loss = F.cross_entropy(leaf, index, label_smoothing=0.1) + F.sigmoid_focal_loss(
+            leaf, targets, reduction="mean"
+        )
+        loss.backward()
+        runs.append((loss.detach(), leaf.grad))
+    for loss, gradient in runs[1:]:
+        assert torch.equal(loss, runs[0][0])
+        assert torch.equal(gradient, runs[0][1])
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the child")
+def test_under_sanitizers() -> None:
+    """Shared memory and tensors end where they end; no misaligned access, no undefined arithmetic."""
+    found = [
+        subprocess.run(
+            [build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the latter, or the sanitizer finds nothing that throws
+    ]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip(f"{build.compiler()} has no AddressSanitizer")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {SANITIZED: "1", "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+    chosen = "layouts and (5-index or 1030) or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-s",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        chosen,
+    ]
+    result = subprocess.run(
+        [*command, Path(__file__).name],
+        cwd=Path(__file__).parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
