@@ -22,7 +22,7 @@ scale_: Callable[[Tensor, Tensor], None] = torch.ops.fused_losses.scale_.default
 
 @dataclass(frozen=True)
 class LossOps:
-    """The ops of one loss (csrc/torch/elementwise.cpp says what each does) and its meaning in plain torch.
+    """The ops of one loss (csrc/torch/elementwise_ops.h says what each does) and its meaning in plain torch.
 
     All take the same arguments: input, target, the loss's weights, its options; the backward ones have the
     upstream gradient in front. `reference` takes them too.
