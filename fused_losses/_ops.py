@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C as _C  # type: ignore[attr-defined]
+from . import _C as _C
 
 _cuda = Path(__file__).with_name("_cuda.so")
 CUDA = _cuda.exists() and torch.cuda.is_available()  # whether the ops take CUDA tensors
