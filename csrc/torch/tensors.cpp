@@ -62,14 +62,24 @@ Tensor empty_doubles(int64_t count, const Tensor& like) {
   return empty_as({count}, {1}, aoti_torch_dtype_float64(), like);
 }
 
-Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
+static std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return empty(sizes, strides, like);
+  return strides;
+}
+
+Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
+  return empty(sizes, contiguous_strides(sizes), like);
+}
+
+Tensor empty_compute(const std::vector<int64_t>& sizes, const Tensor& like) {
+  const bool f64 = like.scalar_type() == ScalarType::Double;
+  return empty_as(sizes, contiguous_strides(sizes), f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                  like);
 }
 
 Tensor empty_in_order(const Tensor& like) {

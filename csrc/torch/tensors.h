@@ -24,6 +24,8 @@ Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like);
 Tensor empty_in_order(const Tensor& like);
 Tensor scalar(double value, const Tensor& like);  // on the CPU
 Tensor empty_doubles(int64_t count, const Tensor& like);  // on its device
+// On its device and contiguous: float64 for float64, float32 for any other.
+Tensor empty_compute(const std::vector<int64_t>& sizes, const Tensor& like);
 
 double read_scalar(const Tensor& tensor);  // a tensor of one element, on the CPU
 
