@@ -6,6 +6,7 @@ from . import functional
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
 from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+from .patch import patch_torch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
     "functional",
+    "patch_torch",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _torch, reference
 from ._autograd import evaluate
 from ._ops import LossOps
 
@@ -71,10 +71,10 @@ def cross_entropy(
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not _checks.reachable(input, target, weight):
-        return _checks.fall_back(torch.nn.functional.cross_entropy, torch_args, input, weight=weight)
+        return _checks.fall_back(_torch.cross_entropy, torch_args, input, weight=weight)
     problem = _problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
-        return _checks.ask_torch(problem, torch.nn.functional.cross_entropy, *torch_args)
+        return _checks.ask_torch(problem, _torch.cross_entropy, *torch_args)
     if target.dtype == torch.uint8:
         target = target.long()
     stored = code != _checks.NONE and input.dtype != torch.float16
@@ -114,6 +114,8 @@ def _problem(
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss`, fused: see `fused_losses.functional.cross_entropy`."""
+
+    inplace_backward: bool = False  # of the class: an instance of torch's that becomes one of ours has none
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+from . import _torch
+
 # Above this log(1 + exp(x)) and x are one number in fp64; torch's default, 20, is right for fp32 only.
 _SOFTPLUS_LINEAR_FROM = 40.0
 
@@ -38,7 +40,7 @@ def cross_entropy(
     """
     if target.shape != input.shape or not target.is_floating_point():
         input = _without_ignored_rows(input, target == ignore_index)
-    loss = torch_functional.cross_entropy(
+    loss = _torch.cross_entropy(
         _wide(input),
         _wide(target),
         None if weight is None else _wide(weight),
@@ -76,7 +78,7 @@ def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, r
     input (probabilities p), target: (*). weight: broadcasts to (*), or None for 1. Returns (*) for "none",
     else ().
     """
-    loss = torch_functional.binary_cross_entropy(
+    loss = _torch.binary_cross_entropy(
         _wide(input), _wide(target), None if weight is None else _wide(weight), reduction=reduction
     )
     return loss.to(input.dtype)
