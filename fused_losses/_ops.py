@@ -17,7 +17,7 @@ CUDA = _cuda.exists() and torch.cuda.is_available()  # whether the ops take CUDA
 if CUDA:
     torch.ops.load_library(str(_cuda))  # type: ignore[no-untyped-call]
 
-scale_: Callable[[Tensor, Tensor], None] = torch.ops.fused_losses.scale_.default
+scale_: Callable[[Tensor, Tensor], None] = torch.ops.fused_losses.scale_.default.op
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,6 @@ class LossOps:
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor]) -> LossOps:
         def op(suffix: str) -> Any:
-            return getattr(torch.ops.fused_losses, name + suffix).default
+            return getattr(torch.ops.fused_losses, name + suffix).default.op  # without a Python frame of OpOverload
 
         return LossOps(op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference)
