@@ -26,29 +26,49 @@ _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 class Stored(Function):
     @staticmethod
-    def forward(loss: LossOps, inplace: bool, input: Tensor, tensors: Tensors, options: Options) -> Any:
-        if not inplace:
-            return loss.train(input, *tensors, *options)
+    def forward(loss: LossOps, input: Tensor, tensors: Tensors, options: Options, made: list[Tensor]) -> Tensor:
+        # The gradient leaves by a list: as a second output, autograd would wrap it twice.
+        value, gradient = loss.train(input, *tensors, *options)
+        made.append(gradient)
+        return value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.loss, input, tensors, ctx.options, made = inputs
+        ctx.save_for_backward(made.pop(), input, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, *args = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            gradient = _differentiable(ctx, upstream, args)
+        elif _keep_graph():  # the saved gradient serves again
+            gradient = gradient * upstream
+        else:
+            _scale(gradient, upstream)
+        return None, gradient, None, None, None
+
+
+class Overwritten(Function):
+    """`Stored`, with the gradient where the logits were."""
+
+    @staticmethod
+    def forward(loss: LossOps, input: Tensor, tensors: Tensors, options: Options) -> Any:
         value = loss.train_(input, *tensors, *options)
         return value if _is_view(input) else (value, input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.loss, ctx.inplace, input, tensors, ctx.options = inputs
+        # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
+        # gradient's numbers. torch allows that beside another output only where they are no view; a view's
+        # users are caught by the version counter, as far as they keep the logits for their own backward.
+        input = inputs[1]
+        if _is_view(input):
+            increment_version(input)
+        else:
+            ctx.mark_dirty(input)
         ctx.set_materialize_grads(False)
-        if ctx.inplace:
-            # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
-            # gradient's numbers. torch allows that beside another output only where they are no view; a view's
-            # users are caught by the version counter, as far as they keep the logits for their own backward.
-            if _is_view(input):
-                increment_version(input)
-            else:
-                ctx.mark_dirty(input)
-            ctx.save_for_backward(input)
-            return
-        gradient = output[1]
-        ctx.mark_non_differentiable(gradient)
-        ctx.save_for_backward(gradient, input, *tensors)
+        ctx.save_for_backward(input)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, of_logits: Tensor | None = None) -> Any:
@@ -58,20 +78,12 @@ class Stored(Function):
                 "inplace operation: they hold its gradient. Use them before the loss, or inplace_backward=False"
             )
         if upstream is None:
-            return None, None, None, None, None
-        gradient, *args = ctx.saved_tensors
-        if ctx.inplace:
-            _refuse_second_derivative()
-            gradient = gradient.detach()
-            scale_(gradient, upstream)
-            increment_version(gradient)
-        elif torch.is_grad_enabled():
-            gradient = _differentiable(ctx, upstream, args)
-        elif _keep_graph():  # the saved gradient serves again
-            gradient = gradient * upstream
-        else:
-            scale_(gradient, upstream)
-        return None, None, gradient, None, None
+            return None, None, None, None
+        _refuse_second_derivative()
+        gradient = ctx.saved_tensors[0].detach()
+        _scale(gradient, upstream)
+        increment_version(gradient)
+        return None, gradient, None, None
 
 
 class Recomputed(Function):
@@ -99,6 +111,13 @@ class Recomputed(Function):
         return None, None, gradient, None, None
 
 
+def _scale(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream."""
+    # A number in the host's memory is read at once; on a GPU only the kernel may look at it.
+    if not upstream.is_cpu or upstream.item() != 1:
+        scale_(gradient, upstream)
+
+
 def _differentiable(ctx: Any, upstream: Tensor, args: Sequence[Tensor]) -> Tensor:
     value = ctx.loss.reference(*args, *ctx.options)
     (gradient,) = torch.autograd.grad(value, args[0], upstream, create_graph=True)
@@ -124,13 +143,19 @@ def evaluate(
         return loss.forward(input, *tensors, *options)
     if inplace:
         _require_writable(input)
-    result = _apply(Stored if stored else Recomputed, loss, inplace, input, tensors, options)
+    if not stored:
+        return cast(Tensor, _recomputed(loss, inplace, input, tensors, options))
+    if not inplace:
+        return cast(Tensor, _stored(loss, input, tensors, options, []))
+    result = _overwritten(loss, input, tensors, options)
     return cast(Tensor, result[0] if type(result) is tuple else result)
 
 
-def _apply(function: type[Function], *args: Any) -> Any:
-    # Function.apply first binds default arguments by inspect.signature, which takes longer than a small loss.
-    return super(Function, function).apply(*args)  # type: ignore[misc]
+# Function.apply first binds default arguments by inspect.signature, which takes longer than a small loss.
+_stored, _overwritten, _recomputed = (
+    super(Function, function).apply  # type: ignore[misc]
+    for function in (Stored, Overwritten, Recomputed)
+)
 
 
 def _is_view(tensor: Tensor) -> bool:

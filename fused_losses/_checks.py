@@ -3,6 +3,9 @@
 Two questions, apart: `reachable` says whether the kernels serve these tensors at all; if not, torch's own
 function does. A check then names what is wrong with a call; torch's function decides whether that is an error
 and of which type, the message is ours.
+
+A small loss takes less time than these questions. So where a call is `plain` it goes to the op unasked: the ops
+check all that they are given, too, and only if one objects are the questions asked, and answered in words.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import _reduction as torch_reduction
 
@@ -20,11 +24,17 @@ from ._ops import CUDA
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
 REDUCTION_NAMES = ("none", "mean", "sum")
+REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTION_NAMES)}
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _TENSOR_TYPES = frozenset({Tensor, Parameter})
 _MAX_DIMS = 12  # csrc/dtype.h
 _logger = logging.getLogger("fused_losses")
 _logged: set[str] = set()
+
+_autocasting = torch._C._is_any_autocast_enabled
+_transforming = torch._C._are_functorch_transforms_active
+_compiling = torch.compiler.is_compiling
+_tracing = torch._C._is_tracing
 
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -48,6 +58,28 @@ def require_tensors(function: str, **arguments: Any) -> None:
             )
 
 
+def plain(input: Tensor, target: Tensor, *weights: Tensor | None) -> bool:
+    """Whether an op can be asked straight away: no transformation of the call is under way that an op would not
+    see, and nothing beside the input wants a gradient."""
+    if (
+        type(input) not in _TENSOR_TYPES
+        or type(target) not in _TENSOR_TYPES
+        or target.requires_grad
+        or _autocasting()
+        or _transforming()
+        or forward_ad._current_level >= 0
+        or _compiling()
+        or _tracing()
+    ):
+        return False
+    for weight in weights:
+        if weight is not None and (
+            type(weight) not in _TENSOR_TYPES or weight.requires_grad or weight.dtype != input.dtype
+        ):
+            return False
+    return True
+
+
 def reachable(input: Tensor, *others: Tensor | None) -> bool:
     """Whether a kernel exists for the input, and the other tensors are constants beside it."""
     if (
@@ -57,10 +89,10 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
         or input.layout is not torch.strided
         or input.dim() > _MAX_DIMS
         or torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        or _transforming()
+        or forward_ad._current_level >= 0
+        or _compiling()
+        or _tracing()
     ):
         return _unreachable(input, others)
     for other in others:

@@ -19,7 +19,7 @@ if CUDA:
 
 
 def load_op(name: str) -> Any:
-    return getattr(torch.ops.fused_losses, name).default
+    return getattr(torch.ops.fused_losses, name).default.op  # without a Python frame of OpOverload
 
 
 scale_: Callable[[Tensor, Tensor], None] = load_op("scale_")
