@@ -38,6 +38,8 @@ class LossOps:
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor]) -> LossOps:
         def op(suffix: str) -> Any:
-            return getattr(torch.ops.fused_losses, name + suffix).default.op  # without a Python frame of OpOverload
+            return getattr(
+                torch.ops.fused_losses, name + suffix
+            ).default.op  # without a Python frame of OpOverload
 
         return LossOps(op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference)

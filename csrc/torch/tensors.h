@@ -13,13 +13,14 @@
 namespace fused_losses {
 
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& tensor, const char* name);
 
 // A new tensor, uninitialised.
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like);
-Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like);
+Tensor empty(Sizes sizes, Sizes strides, const Tensor& like);
+Tensor empty_contiguous(Sizes sizes, const Tensor& like);
 // Dense, with the dimensions in `like`'s order of memory: its own strides where it is dense itself.
 Tensor empty_in_order(const Tensor& like);
 Tensor scalar(double value, const Tensor& like);  // on the CPU
