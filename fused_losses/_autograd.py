@@ -8,8 +8,8 @@ by `reference`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ from ._ops import LossOps, scale_
 Tensors = tuple[Tensor | None, ...]
 Options = tuple[Any, ...]
 
+_recording = torch.is_grad_enabled
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Stored(Function):
     @staticmethod
-    def forward(loss: LossOps, input: Tensor, tensors: Tensors, options: Options, made: list[Tensor]) -> Tensor:
+    def forward(
+        loss: LossOps, input: Tensor, tensors: Tensors, options: Options, made: list[Tensor]
+    ) -> Tensor:
         # The gradient leaves by a list: as a second output, autograd would wrap it twice.
         value, gradient = loss.train(input, *tensors, *options)
         made.append(gradient)
@@ -40,7 +43,7 @@ class Stored(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradient, *args = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if _recording():
             gradient = _differentiable(ctx, upstream, args)
         elif _keep_graph():  # the saved gradient serves again
             gradient = gradient * upstream
@@ -104,7 +107,7 @@ class Recomputed(Function):
             gradient = args[0].detach()
             ctx.loss.backward_(upstream, *args, *ctx.options)
             increment_version(gradient)
-        elif torch.is_grad_enabled():
+        elif _recording():
             gradient = _differentiable(ctx, upstream, args)
         else:
             gradient = ctx.loss.backward(upstream, *args, *ctx.options)
@@ -125,7 +128,7 @@ def _differentiable(ctx: Any, upstream: Tensor, args: Sequence[Tensor]) -> Tenso
 
 
 def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
+    if _recording():
         raise RuntimeError(
             "inplace_backward=True leaves no logits for a second derivative: use inplace_backward=False with "
             "create_graph=True"
@@ -139,23 +142,31 @@ def evaluate(
 
     `tensors` are constants: the target and the weights, None where absent.
     """
-    if not (input.requires_grad and torch.is_grad_enabled()):
+    if not (input.requires_grad and _recording()):
         return loss.forward(input, *tensors, *options)
     if inplace:
         _require_writable(input)
+    result: Any
     if not stored:
-        return cast(Tensor, _recomputed(loss, inplace, input, tensors, options))
-    if not inplace:
-        return cast(Tensor, _stored(loss, input, tensors, options, []))
-    result = _overwritten(loss, input, tensors, options)
-    return cast(Tensor, result[0] if type(result) is tuple else result)
+        result = _recomputed(loss, inplace, input, tensors, options)
+    elif inplace:
+        result = _overwritten(loss, input, tensors, options)
+    else:
+        result = _stored(loss, input, tensors, options, [])
+    value: Tensor = result[0] if type(result) is tuple else result
+    return value
 
 
-# Function.apply first binds default arguments by inspect.signature, which takes longer than a small loss.
-_stored, _overwritten, _recomputed = (
-    super(Function, function).apply  # type: ignore[misc]
-    for function in (Stored, Overwritten, Recomputed)
-)
+def _applier(function: Any) -> Callable[..., Any]:
+    """`function.apply`, without what takes torch longer than a small loss."""
+    # The node of a Function looks for boxed gradients and for a `vjp` before it calls backward: neither is here.
+    function._backward_cls.apply = function.backward
+    # Function.apply binds default arguments by inspect.signature.
+    apply: Callable[..., Any] = super(Function, function).apply
+    return apply
+
+
+_stored, _overwritten, _recomputed = _applier(Stored), _applier(Overwritten), _applier(Recomputed)
 
 
 def _is_view(tensor: Tensor) -> bool:

@@ -58,26 +58,27 @@ def require_tensors(function: str, **arguments: Any) -> None:
             )
 
 
-def plain(input: Tensor, target: Tensor, *weights: Tensor | None) -> bool:
+def plain(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None
+) -> bool:
     """Whether an op can be asked straight away: no transformation of the call is under way that an op would not
     see, and nothing beside the input wants a gradient."""
-    if (
-        type(input) not in _TENSOR_TYPES
-        or type(target) not in _TENSOR_TYPES
-        or target.requires_grad
-        or _autocasting()
-        or _transforming()
-        or forward_ad._current_level >= 0
-        or _compiling()
-        or _tracing()
-    ):
-        return False
-    for weight in weights:
-        if weight is not None and (
-            type(weight) not in _TENSOR_TYPES or weight.requires_grad or weight.dtype != input.dtype
-        ):
-            return False
-    return True
+    return (
+        type(input) in _TENSOR_TYPES
+        and type(target) in _TENSOR_TYPES
+        and not target.requires_grad
+        and (weight is None or _plain_weight(weight, input))
+        and (pos_weight is None or _plain_weight(pos_weight, input))
+        and forward_ad._current_level < 0
+        and not _transforming()
+        and not _autocasting()
+        and not _compiling()
+        and not _tracing()
+    )
+
+
+def _plain_weight(weight: Tensor, input: Tensor) -> bool:
+    return type(weight) in _TENSOR_TYPES and not weight.requires_grad and weight.dtype == input.dtype
 
 
 def reachable(input: Tensor, *others: Tensor | None) -> bool:

@@ -88,7 +88,9 @@ def binary_cross_entropy_with_logits(
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(_WITH_LOGITS, inplace_backward, stored, input, (target, weight, pos_weight), options)
+            return evaluate(
+                _WITH_LOGITS, inplace_backward, stored, input, (target, weight, pos_weight), options
+            )
         except Exception:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)

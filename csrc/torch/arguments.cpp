@@ -165,7 +165,7 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
     const DType compute = args.dtype == DType::f64 ? DType::f64 : DType::f32;
     STD_TORCH_CHECK(dtype_of(*options.weight, "weight") == compute && options.weight->is_contiguous() &&
                         options.weight->dim() == 1 && options.weight->numel() == classes,
-                    "weight must be contiguous, of ", classes, " elements in the compute dtype");
+                    "weight must be contiguous, (", classes, "), in the compute dtype");
     args.weight = options.weight->data_ptr();
   }
   OptionalTensor upstream_rows;
