@@ -23,17 +23,17 @@ test: build $(EDITABLE)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 compare: build $(EDITABLE)
-	$(RUN) benchmarks/compare.py --json $(COMPARE)/compare.json --plot $(COMPARE)
+	$(RUN) benchmarks/compare.py --json $(COMPARE)/compare.json --plot $(COMPARE) $(ARGS)
 
 # The same cases under pytest-benchmark; every run is kept, `pytest-benchmark compare` sets them side by side.
 bench: build $(EDITABLE)
 	$(RUN) -m pytest benchmarks --benchmark-autosave --benchmark-storage=file://build/bench
 
 # A dated result, on a machine that does nothing else, and the README's tables and pictures from it:
-#   make results NAME=cpu-epyc-avx512
+#   make results NAME=cpu-epyc-avx512    ARGS="--threads 1" and the like go to compare.py, here and in make compare
 results: build $(EDITABLE)
 	$(RUN) benchmarks/compare.py --suite all --sweep classes --sweep rows --baselines eager,compile \
-	    --json $(RESULT)/results.json --plot $(RESULT)
+	    --json $(RESULT)/results.json --plot $(RESULT) $(ARGS)
 	$(RUN) benchmarks/readme_table.py
 
 build: $(REQUIREMENTS)

@@ -124,13 +124,16 @@ def print_environment(console: Console, report: dict[str, Any]) -> None:
         f"the last-level cache holds {environment['last_level_cache_bytes'] / 2**20:.0f} MiB",
         highlight=False,
     )
-    if environment["load_average"] > environment["cpu_count"] / 2:
-        console.print(
-            f"Others were using the machine (load average {environment['load_average']:.1f} on "
-            f"{environment['cpu_count']} CPUs): the times below are worth little.",
-            style="red",
-            highlight=False,
-        )
+    if warning := busy(environment):
+        console.print(warning, style="red", highlight=False)
+
+
+def busy(environment: dict[str, Any]) -> str:
+    """A warning where others were using the CPU when the run began."""
+    load, cpus = environment["load_average"], environment["cpu_count"]
+    if load <= cpus / 2:
+        return ""
+    return f"Others were using the machine (load average {load:.1f} on {cpus} CPUs): these times are worth little."
 
 
 def _print_cases(console: Console, report: dict[str, Any]) -> None:
