@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses.functional as fused
+from fused_losses.detection import pairwise_bce_cost
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -43,6 +44,7 @@ SUITES: dict[str, list[str]] = {
         "focal:N=8,A=8400,C=80,gamma=2",
         "focal:N=8,A=8400,C=80,gamma=1.5",
         "softmax_focal:N=20000,C=81",
+        "pairwise:G=100,A=8400,C=80",
     ],
     "language": [
         "ce:N=200,C=50257",
@@ -98,6 +100,13 @@ def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
     return torch.sigmoid(logits), target
 
 
+def assignment(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    """A picture's class logits, the classes of its objects, and objectness logits as YOLOX has them."""
+    logits = 2 * torch.randn(case.shape, generator=random) - 4.6
+    gt_classes = torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
+    return logits, gt_classes, 2 * torch.randn(case.dims["A"], 1, generator=random) - 2
+
+
 LOSSES = {
     "ce": Loss(
         "cross entropy",
@@ -139,6 +148,18 @@ LOSSES = {
         index_target,
         dims="NC[HW]",
         options={"alpha": float, "gamma": float, "ignore_index": int, "reduction": str},
+    ),
+    "pairwise": Loss(
+        "assigner's cost",
+        plain.pairwise_bce_cost,
+        pairwise_bce_cost,
+        assignment,
+        dims="GAC",
+        options={},
+        in_place=False,
+        differentiable=False,
+        logits_dims="AC",
+        floor_elements=lambda dims: dims["A"] * (dims["C"] + dims["G"]),
     ),
 }
 
