@@ -92,8 +92,7 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
         or torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         or _transforming()
         or forward_ad._current_level >= 0
-        or _compiling()
-        or _tracing()
+        or (not _compiling() and _tracing())
     ):
         return _unreachable(input, others)
     for other in others:

@@ -33,6 +33,7 @@ class LossOps:
     upstream gradient in front. `reference` takes them too.
     """
 
+    name: str
     forward: Callable[..., Tensor]
     train: Callable[..., tuple[Tensor, Tensor]]
     train_: Callable[..., Tensor]
@@ -42,7 +43,42 @@ class LossOps:
 
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor]) -> LossOps:
+        register_fakes(name, reference)
+
         def op(suffix: str) -> Any:
             return load_op(name + suffix)
 
-        return LossOps(op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference)
+        return LossOps(
+            name, op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference
+        )
+
+
+def register_fakes(name: str, reference: Callable[..., Tensor]) -> None:
+    """The shapes, strides and dtypes that the five ops return, for what traces a program without running it."""
+    schema = getattr(torch.ops.fused_losses, name).default._schema
+    reduction = [argument.name for argument in schema.arguments].index("reduction")
+
+    def value(input: Tensor, *rest: Any) -> Tensor:
+        devices = {tensor.device for tensor in (input, *rest) if isinstance(tensor, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: expected all tensors on one device, not on {devices}")
+        if (input, *rest)[reduction] != 0:
+            return input.new_empty(())
+        elements = reference(input, *rest)
+        return torch.empty_like(input) if elements.shape == input.shape else input.new_empty(elements.shape)
+
+    def gradient(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
+        return torch.empty_like(input)
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "": value,
+        "_train": lambda input, *rest: (value(input, *rest), torch.empty_like(input)),
+        "_train_": value,
+        "_backward": gradient,
+        "_backward_": lambda upstream, input, *rest: None,
+    }
+    for suffix, fake in fakes.items():
+        torch.library.register_fake(f"fused_losses::{name}{suffix}", fake)
+
+
+torch.library.register_fake("fused_losses::scale_", lambda gradient, upstream: None)
