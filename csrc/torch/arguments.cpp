@@ -92,6 +92,7 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   const int64_t count = input.numel();
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
 
+  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   ElementwiseArgs args{};
   args.loss = loss;
   args.alpha_positive = options.alpha_positive;
@@ -127,6 +128,7 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   const int64_t dim = class_dim(logits), classes = logits.size(dim);
   STD_TORCH_CHECK(classes > 0, "input has no classes: dimension ", dim, " has size 0");
 
+  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   SoftmaxArgs args{};
   args.dtype = dtype_of(logits, "input");
   args.classes = classes;

@@ -12,6 +12,7 @@ struct ElementwiseOptions {
   OptionalTensor weight, pos_weight;
   double alpha_positive, alpha_negative, gamma;
   Reduction reduction;
+  bool wide;  // the loss is float32 whatever the input is, as autocast wants it; not for Reduction::none
 };
 
 // What a kernel is asked, and the tensors that its pointers need alive. A scalar upstream gradient is left to the
@@ -29,6 +30,7 @@ struct SoftmaxOptions {
   double label_smoothing, gamma;
   bool count_weights;
   Reduction reduction;
+  bool wide;  // as in ElementwiseOptions
 };
 
 struct SoftmaxCall {

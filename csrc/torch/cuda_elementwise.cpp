@@ -8,6 +8,7 @@ namespace {
 
 Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const ElementwiseOptions& options,
            const Tensor* upstream, Tensor* grad) {
+  STD_TORCH_CHECK(!options.wide, "wide is for the CPU");
   same_device(target, input, "target");
   if (options.weight) same_device(*options.weight, input, "weight");
   if (options.pos_weight) same_device(*options.pos_weight, input, "pos_weight");

@@ -16,7 +16,8 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   ElementwiseCall call = elementwise_call(loss, input, target, options, upstream, grad);
   ElementwiseArgs& args = call.args;
   for (const Operand* operand : {&args.target, &args.weight, &args.pos_weight, &args.upstream})
-    STD_TORCH_CHECK(!operand->data || operand->dtype == args.input.dtype, "all tensors must have the input's dtype");
+    STD_TORCH_CHECK(options.wide || !operand->data || operand->dtype == args.input.dtype,
+                    "all tensors must have the input's dtype");
   const int64_t count = input.numel();
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
   if (upstream && !none) args.grad_scale *= read_scalar(*upstream);
@@ -36,7 +37,7 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
                                std::to_string(outside));
   }
   if (none) return *call.value;
-  return scalar(options.reduction == Reduction::mean ? sum / count : sum, input);
+  return scalar(options.reduction == Reduction::mean ? sum / count : sum, input, options.wide);
 }
 
 }  // namespace

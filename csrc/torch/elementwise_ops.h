@@ -19,14 +19,14 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
            const Tensor* upstream, Tensor* grad);
 
 ElementwiseOptions options(const OptionalTensor& weight, const OptionalTensor& pos_weight, double alpha_positive,
-                           double alpha_negative, double gamma, int64_t reduction) {
-  return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction)};
+                           double alpha_negative, double gamma, int64_t reduction, bool wide) {
+  return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction), wide};
 }
 
 #define OPTION_PARAMETERS                                                                                       \
   OptionalTensor weight, OptionalTensor pos_weight, double alpha_positive, double alpha_negative, double gamma, \
-      int64_t reduction
-#define OPTIONS options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction)
+      int64_t reduction, bool wide
+#define OPTIONS options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, wide)
 
 template <Elementwise loss>
 Tensor forward(Tensor input, Tensor target, OPTION_PARAMETERS) {
@@ -59,7 +59,7 @@ void backward_(Tensor upstream, Tensor input, Tensor target, OPTION_PARAMETERS) 
 
 #define OPTION_SCHEMA                                                                                            \
   "Tensor target, Tensor? weight, Tensor? pos_weight, float alpha_positive, float alpha_negative, float gamma, " \
-  "int reduction)"
+  "int reduction, bool wide=False)"
 
 #define FUSED_LOSSES_DEFINE_ELEMENTWISE(name)                                          \
   m.def(#name "(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \

@@ -86,10 +86,10 @@ Tensor empty_in_order(const Tensor& like) {
   return tensor;
 }
 
-Tensor scalar(double value, const Tensor& like) {
-  const Tensor result = empty({}, {}, like);
+Tensor scalar(double value, const Tensor& like, bool wide) {
+  const Tensor result = wide ? empty_as({}, {}, aoti_torch_dtype_float32(), like) : empty({}, {}, like);
   void* data = result.data_ptr();
-  switch (dtype_of(like, "input")) {
+  switch (dtype_of(result, "input")) {
     case DType::f64: *static_cast<double*>(data) = value; break;
     case DType::f32: *static_cast<float*>(data) = static_cast<float>(value); break;
     case DType::bf16:
