@@ -23,6 +23,7 @@ Tensors = tuple[Tensor | None, ...]
 Options = tuple[Any, ...]
 
 _recording = torch.is_grad_enabled
+_is_batched = torch._C._functorch.is_batchedtensor
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -46,7 +47,7 @@ class Stored(Function):
         gradient, *args = ctx.saved_tensors
         if _recording():
             gradient = _differentiable(ctx, upstream, args)
-        elif _keep_graph():  # the saved gradient serves again
+        elif _keep_graph() or _is_batched(upstream):  # it serves again, or for several upstream gradients
             gradient = gradient * upstream
         else:
             _scale(gradient, upstream)
@@ -146,6 +147,13 @@ def evaluate(
     if torch.compiler.is_compiling():
         traced: Tensor = _compile.evaluate(loss, stored, input, tensors, options)
         return traced
+    return evaluate_eagerly(loss, inplace, stored, input, tensors, options)
+
+
+def evaluate_eagerly(
+    loss: LossOps, inplace: bool, stored: bool, input: Tensor, tensors: Tensors, options: Options
+) -> Tensor:
+    """`evaluate`, for a call that is `plain` (_checks.py)."""
     if not (input.requires_grad and _recording()):
         return loss.forward(input, *tensors, *options)
     if inplace:
