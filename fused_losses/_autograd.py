@@ -23,7 +23,6 @@ Tensors = tuple[Tensor | None, ...]
 Options = tuple[Any, ...]
 
 _recording = torch.is_grad_enabled
-_is_batched = torch._C._functorch.is_batchedtensor
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -114,6 +113,12 @@ class Recomputed(Function):
         else:
             gradient = ctx.loss.backward(upstream, *args, *ctx.options)
         return None, None, gradient, None, None
+
+
+def _is_batched(upstream: Tensor) -> bool:
+    """Whether it stands for several: vmap over a backward pass, and `is_grads_batched`, which has a vmap of its own."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> None:
