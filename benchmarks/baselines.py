@@ -67,6 +67,16 @@ def _reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str
     return REDUCTIONS[reduction](loss)
 
 
+def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor) -> Tensor:
+    """An assigner's cost as assigners compute it: both sides expanded to (G, A, C)."""
+    (anchors, classes), (ground_truths,) = logits.shape, gt_classes.shape
+    probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    target = F.one_hot(gt_classes, classes).to(probability).unsqueeze(1)
+    shape = ground_truths, anchors, classes
+    cost = F.binary_cross_entropy(probability.expand(shape), target.expand(shape), reduction="none")
+    return cost.sum(-1)
+
+
 # -- packages --------------------------------------------------------------------------------------------------
 
 

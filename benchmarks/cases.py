@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses.functional as fused
+from fused_losses.detection import pairwise_bce_cost
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -43,6 +44,7 @@ SUITES: dict[str, list[str]] = {
         "focal:N=8,A=8400,C=80,gamma=2",
         "focal:N=8,A=8400,C=80,gamma=1.5",
         "softmax_focal:N=20000,C=81",
+        "pairwise:G=100,A=8400,C=80",
     ],
     "language": [
         "ce:N=200,C=50257",
@@ -74,7 +76,9 @@ class Loss:
     in_place: bool = True
     differentiable: bool = True  # else it is measured forward only, with what it returns whole
     logits_dims: str = ""  # those that make the logits' shape, if not all
-    floor_elements: Callable[[dict[str, int]], int] | None = None  # if not logits in, gradient out
+    floor_bytes: Callable[[dict[str, int], int], int] | None = (
+        None  # of sizes and itemsize, if not logits in, gradient out
+    )
 
 
 def index_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
@@ -96,6 +100,11 @@ def dense_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
 def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
     logits, target = dense_target(case, random)
     return torch.sigmoid(logits), target
+
+
+def classes_of_ground_truths(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    logits = 2 * torch.randn(case.shape, generator=random) - 4.6
+    return logits, torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
 
 
 LOSSES = {
@@ -139,6 +148,18 @@ LOSSES = {
         index_target,
         dims="NC[HW]",
         options={"alpha": float, "gamma": float, "ignore_index": int, "reduction": str},
+    ),
+    "pairwise": Loss(
+        "pairwise BCE cost",
+        plain.pairwise_bce_cost,
+        pairwise_bce_cost,
+        classes_of_ground_truths,
+        dims="GAC",
+        options={},
+        in_place=False,
+        differentiable=False,
+        logits_dims="AC",
+        floor_bytes=lambda n, itemsize: n["A"] * n["C"] * itemsize + n["G"] * n["A"] * max(4, itemsize),
     ),
 }
 
@@ -234,8 +255,8 @@ class Case:
     @property
     def floor_bytes(self) -> int:
         """What forward and backward together cannot avoid: the logits in once, the gradient out once."""
-        if self.loss.floor_elements:
-            return self.loss.floor_elements(self.dims) * DTYPES[self.dtype].itemsize
+        if self.loss.floor_bytes:
+            return self.loss.floor_bytes(self.dims, DTYPES[self.dtype].itemsize)
         return 2 * self.logits_bytes
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:

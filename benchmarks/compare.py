@@ -38,6 +38,7 @@ from measure import (  # noqa: E402
     Copy,
     PeakMemory,
     Spread,
+    busy_seconds,
     error,
     exact,
     input_sets,
@@ -133,13 +134,14 @@ class Comparison:
         self.copy = Copy(self.device, self.cache)
         self.peak = PeakMemory(self.device)
         self.left_out: dict[str, str] = {}
+        self.by_others = self.elapsed = 0.0
 
     def measure(self, case: Case, with_memory: bool = True) -> dict[str, Any]:
         """Everything about one case; what cannot run goes to `left_out` with its reason."""
         self.copy.sample()
         sets = input_sets(case, self.device, self.cache)
         calls, found = self._first_calls(case, sets)
-        spreads = times(calls, self.device, self.options.rounds, 0.01 if self.options.quick else 0.1)
+        spreads = self._times(calls)
         for name, call in calls.items():
             found[name] |= {part: asdict(spread) for part, spread in spreads[name].items()}
             found[name]["bytes_per_second"] = case.floor_bytes / spreads[name]["both"].median
@@ -155,6 +157,7 @@ class Comparison:
             "floor_bytes": case.floor_bytes,
             "inputs": "warm" if is_warm(case, self.cache) else "rotating",
             "input_sets": len(sets),
+            "differentiable": case.loss.differentiable,
             "implementations": found,
             "speedup": {
                 name: {
@@ -165,6 +168,15 @@ class Comparison:
                 for name in calls
             },
         }
+
+    def _times(self, calls: dict[str, Call]) -> dict[str, dict[str, Spread]]:
+        """The times, and how much of the machine other processes took meanwhile."""
+        (everyone, own), start = busy_seconds(), time.perf_counter()
+        spreads = times(calls, self.device, self.options.rounds, 0.01 if self.options.quick else 0.1)
+        everyone_after, own_after = busy_seconds()
+        self.by_others += max(0.0, (everyone_after - everyone) - (own_after - own))
+        self.elapsed += time.perf_counter() - start
+        return spreads
 
     def _first_calls(
         self, case: Case, sets: list[tuple[torch.Tensor, ...]]
@@ -220,6 +232,7 @@ class Comparison:
             "rounds": self.options.rounds,
             "quick": self.options.quick,
             "baselines": self.options.baselines,
+            "cpu_taken_by_others": self.by_others / (self.elapsed * (os.cpu_count() or 1)),
             "copy_bytes_per_second": asdict(Spread.of(self.copy.samples)),
             "cases": cases,
             "sweeps": sweeps,
