@@ -19,21 +19,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# torch.compile's own cache would hide how long it takes to compile.
-_inductor = tempfile.TemporaryDirectory(prefix="compare-inductor-", ignore_cleanup_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
-
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 try:
     from baselines import BASELINES, OURS, Unavailable
     from cases import DTYPES, LOSSES, SUITES, SWEEPS, Case, CaseError
 except ImportError as error:
     sys.exit(f"fused_losses cannot be imported ({error}); run: pip install --no-build-isolation .")
-from environment import environment  # noqa: E402
-from measure import (  # noqa: E402
+from environment import environment
+from measure import (
     Call,
     Copy,
     PeakMemory,
@@ -46,7 +42,7 @@ from measure import (  # noqa: E402
     last_level_cache,
     times,
 )
-from report import geometric_means, print_diff, print_report  # noqa: E402
+from report import geometric_means, print_diff, print_report
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -213,6 +209,8 @@ class Comparison:
 
         def measure(case: Case, with_memory: bool) -> dict[str, Any]:
             progress.update(task, description=case.label)
+            if not progress.console.is_terminal:
+                progress.console.print(case.label, highlight=False)
             measured = self.measure(case, with_memory)
             progress.advance(task)
             return measured
@@ -256,7 +254,10 @@ def main() -> None:
         if path:
             path.mkdir(parents=True, exist_ok=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    # torch.compile's own cache would hide how long it takes to compile.
+    with progress, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as fresh:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = fresh
         report = Comparison(options).run(progress)
     print_report(console, report)
     if options.json:
