@@ -44,6 +44,8 @@ SUITES: dict[str, list[str]] = {
         "focal:N=8,A=8400,C=80,gamma=2",
         "focal:N=8,A=8400,C=80,gamma=1.5",
         "softmax_focal:N=20000,C=81",
+    ],
+    "assigners": [
         "pairwise:G=100,A=8400,C=80",
     ],
     "language": [

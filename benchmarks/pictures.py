@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from report import busy
 
 COLOURS = {
     "fused": "#1b7f5c",
@@ -44,6 +45,7 @@ def _title(what: str, report: dict[str, Any]) -> str:
     return (
         f"{what}\n{environment['device_name']}, {environment['threads']} thread(s), "
         f"torch {environment['torch']}, {environment['date'][:10]}"
+        + (f"\n{busy(report)}" if busy(report) else "")
     )
 
 
