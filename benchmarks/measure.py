@@ -95,7 +95,7 @@ class Copy:
 
     def __init__(self, device: str, cache: int):
         self.device = device
-        self.size = max(2**30 if device == "cuda" else 2**27, 4 * cache)
+        self.size = max(2**28 if device == "cuda" else 2**27, 4 * cache)
         self.source = torch.ones(self.size // 4, device=device)
         self.target = torch.zeros_like(self.source)
         self.samples: list[float] = []

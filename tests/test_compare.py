@@ -299,6 +299,27 @@ assert all((a[0] == b[0]).all() for a, b in zip(call.sets, measure.input_sets(ca
 assert measure.last_level_cache("cpu") >= 2**18
 """
 
+# Events of a device that does nothing at once: what is tested is that we wait for it to have slept long enough.
+BACKLOG = """
+import time, torch
+
+class Event:
+    enough = 2**20
+    def __init__(self, enable_timing=False): pass
+    def record(self): self.at = time.perf_counter()
+    def query(self): return slept[-1] < self.enough
+    def elapsed_time(self, end): return 1e3 * (end.at - self.at)
+
+slept = []
+torch.cuda.Event, torch.cuda.synchronize, torch.cuda._sleep = Event, lambda: None, slept.append
+for enough, backlog, queued_ahead in ((2**20, 2**20, True), (2**40, 2**27, False)):
+    Event.enough = enough
+    call = measure.Call(Case.parse("ce:N=8,C=8"), "eager", *measure.input_sets(Case.parse("ce:N=8,C=8"), "cpu", 2**20))
+    spreads = measure.times({"eager": call}, "cuda", 2, 1e-3)
+    assert (call.backlog, call.queued_ahead) == (backlog, queued_ahead)
+    assert 0 < spreads["eager"]["forward"].median < spreads["eager"]["both"].median
+"""
+
 MEMORY = """
 from cases import Case
 from measure import PeakMemory
@@ -322,7 +343,7 @@ assert measure.error(value, exact[0]) < 1e-5
 
 @pytest.mark.parametrize(
     "program",
-    [PACKAGES + CUDA_ONLY + CALL_EACH, ROTATION + FORWARD_ONLY, MEMORY],
+    [PACKAGES + CUDA_ONLY + CALL_EACH, ROTATION + FORWARD_ONLY + BACKLOG, MEMORY],
     ids=["packages", "inputs", "memory"],
 )
 def test_parts(program: str) -> None:
