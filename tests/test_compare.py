@@ -121,6 +121,7 @@ def test_diff(found: tuple[str, Path, dict[str, Any]]) -> None:
             implementation["both"] = {"low": 9e-6, "median": 1e-5, "high": 2e-5}
     (folder / "a.json").write_text(json.dumps(report))
     report["cases"][0]["implementations"]["fused"]["both"] = {"low": 9e-7, "median": 1e-6, "high": 2e-6}
+    report["cases"][0]["implementations"]["in place"]["both"] = {"low": 8e-6, "median": 9e-6, "high": 1e-5}
     report["cases"][1]["implementations"]["fused"]["both"] = {"low": 1e-5, "median": 2e-5, "high": 3e-5}
     report["cases"][2] |= {"case": "focal:N=9,C=3", "label": "sigmoid focal 9 x 3"}
     report["environment"]["threads"] = 2
