@@ -336,6 +336,23 @@ def test_register_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(criterion) is TemperedCrossEntropy
 
 
+@every_case
+def test_autocast(name: str) -> None:
+    """The original's dtype, or a wider one: on a CPU torch has cross_entropy in fp32 and log_softmax in bf16."""
+    original, shape, target = CASES[name]()
+    mine = fused(copy.deepcopy(original))
+    target = target.float() if target.is_floating_point() else target
+    layer = nn.Linear(shape[-1], shape[-1])
+    results = []
+    for criterion in (original, mine):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = criterion(layer(torch.ones(shape)), target)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), layer.weight)))
+    (theirs, _), (ours, _) = results
+    assert ours.dtype == torch.promote_types(ours.dtype, theirs.dtype)
+    torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2, check_dtype=False)
+
+
 @pytest.mark.parametrize(
     "name", ["yolov5 FocalLoss", "ultralytics FocalLoss", "timm LabelSmoothingCrossEntropy"]
 )

@@ -8,6 +8,7 @@ import gc
 import io
 import pickle
 import types
+import unittest.mock
 import weakref
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass, field
@@ -421,6 +422,22 @@ def test_a_wrapped_criterion_and_its_wrapper() -> None:
 # Where it does not look
 
 
+class Proxy:
+    """Pretends to be a module, as mocks and lazy objects do."""
+
+    def __init__(self) -> None:
+        self.loss = nn.CrossEntropyLoss()
+
+    @property
+    def __class__(self) -> Any:
+        return nn.Module
+
+
+class Watched(dict[str, Any]):
+    def items(self) -> Any:
+        raise AssertionError("would load from a disk")
+
+
 class Touchy:
     """Has properties and a __getattr__ that must not be called."""
 
@@ -432,7 +449,7 @@ class Touchy:
         raise AssertionError("a property was read")
 
     def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"{name} was asked for") if name != "__dict__" else AttributeError(name)
+        raise AssertionError(f"{name} was asked for")
 
     def __eq__(self, other: object) -> bool:
         raise AssertionError("compared")
@@ -441,9 +458,10 @@ class Touchy:
 
 
 def test_nothing_is_called_on_the_way() -> None:
-    touchy = Touchy()
-    assert replace_criterion([touchy])
-    assert type(touchy.loss) is fused_losses.CrossEntropyLoss
+    touchy, proxy, watched = Touchy(), Proxy(), Watched(loss=nn.CrossEntropyLoss())
+    mock = unittest.mock.MagicMock(spec=nn.Module)
+    assert replace_criterion([touchy, proxy, watched, mock])
+    assert type(touchy.loss) is type(proxy.loss) is type(watched["loss"]) is fused_losses.CrossEntropyLoss
 
 
 class Images(torch.utils.data.Dataset[Any]):
