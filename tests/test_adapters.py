@@ -276,6 +276,18 @@ def test_the_numbers_decide_between_classes_that_hold_the_same() -> None:
     assert "results are not those" in report.left_alone[0].then
 
 
+def test_a_small_constant_is_a_difference() -> None:
+    class FocalLoss(yolov5.FocalLoss):
+        """With the constant that some add to keep the power's gradient finite."""
+
+        def wrongness(self, probability: Tensor, true: Tensor) -> Tensor:
+            return super().wrongness(probability, true) + 1e-6
+
+    criterion = FocalLoss(bce())
+    replace_criterion(criterion)
+    assert type(criterion) is FocalLoss
+
+
 def test_a_forward_that_raises_is_left_alone() -> None:
     class SoftTargetCrossEntropy(timm.SoftTargetCrossEntropy):
         def forward(self, x: Tensor, target: Tensor) -> Tensor:

@@ -512,6 +512,23 @@ def test_a_long_chain_does_not_overflow_the_stack() -> None:
     assert replace_criterion(links.pop())
 
 
+def test_what_was_compiled_before_notices() -> None:
+    torch._dynamo.reset()
+    input, target = batch(nn.CrossEntropyLoss)
+    criterion = nn.CrossEntropyLoss()
+    compiled = torch.compile(lambda x: 2 * criterion(x, target), backend="aot_eager")
+    expected = compiled(input)
+    report = replace_criterion(criterion)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(input), expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(input), input),
+            torch.autograd.grad(2 * criterion(input, target), input),
+        )
+        report.restore()
+    torch._dynamo.reset()
+
+
 def test_a_training_program() -> None:
     """Two trainers from one seed, one with its criterion replaced: the same weights."""
 
