@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import functional
+from . import detection, functional
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
+from .detection import IndexTarget, QualityFocalLoss, VarifocalLoss
 from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 
 __version__ = "0.1.0"
@@ -13,7 +14,11 @@ __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
     "FocalLoss",
+    "IndexTarget",
+    "QualityFocalLoss",
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
+    "VarifocalLoss",
+    "detection",
     "functional",
 ]

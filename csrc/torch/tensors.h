@@ -24,6 +24,7 @@ Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like);
 Tensor empty_in_order(const Tensor& like);
 Tensor scalar(double value, const Tensor& like);  // on the CPU
 Tensor empty_doubles(int64_t count, const Tensor& like);  // on its device
+Tensor empty_codes(int64_t count, const Tensor& like);    // int32, on its device
 
 double read_scalar(const Tensor& tensor);  // a tensor of one element, on the CPU
 

@@ -1,0 +1,15 @@
+"""What a detector's head needs from its loss: targets by index, and the losses of its classes and boxes."""
+
+from __future__ import annotations
+
+from .index_target import IndexTarget
+from .quality_focal import QualityFocalLoss, quality_focal_loss
+from .varifocal import VarifocalLoss, varifocal_loss
+
+__all__ = [
+    "IndexTarget",
+    "QualityFocalLoss",
+    "VarifocalLoss",
+    "quality_focal_loss",
+    "varifocal_loss",
+]
