@@ -23,9 +23,9 @@ AvgFactor = float | Tensor | None
 def anchor_ops(name: str, elementwise: reference.Elementwise) -> LossOps:
     """The ops of the loss `name` for a detector's head; `elementwise` is its formula in plain torch."""
 
-    def in_plain_torch(input: Tensor, *arguments: Any) -> Tensor:
-        *rest, reduction = arguments
-        return reference.anchors(elementwise, input, *rest, _checks.REDUCTION_NAMES[reduction])
+    def in_plain_torch(*arguments: Any) -> Tensor:
+        name = _checks.REDUCTION_NAMES[arguments[-1]]
+        return reference.anchors(elementwise, *arguments[:-1], reduction=name)
 
     return LossOps.of(f"{name}_anchors", in_plain_torch)
 
@@ -74,12 +74,16 @@ def evaluate_anchors(
     elif isinstance(target, Tensor):
         anchors = None
         if target.shape != input.shape:
-            raise ValueError(f"target has {_checks.shape_of(target)}; expected the input's, {tuple(input.shape)}")
+            raise ValueError(
+                f"target has {_checks.shape_of(target)}; expected the input's, {tuple(input.shape)}"
+            )
         if not target.is_floating_point():
             raise ValueError(f"target has dtype {target.dtype}; expected a floating one, or an IndexTarget")
         main, index = target, (1.0, 0.0, -1, -2)
     else:
-        raise TypeError(f"target is {target!r}; expected a Tensor or an IndexTarget, not {type(target).__name__}")
+        raise TypeError(
+            f"target is {target!r}; expected a Tensor or an IndexTarget, not {type(target).__name__}"
+        )
 
     weights = {
         name: _arrange(name, factors, input, dim, anchors if name == "weight" else None, wide)
@@ -99,7 +103,10 @@ def evaluate_anchors(
 
 
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
-    forms = {name: partial(getattr(loss, name), probability=probabilities) for name in ("forward", "train", "train_")}
+    forms = {
+        name: partial(getattr(loss, name), probability=probabilities)
+        for name in ("forward", "train", "train_")
+    }
     return dataclasses.replace(loss, **forms)
 
 
@@ -111,7 +118,9 @@ def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None,
         raise ValueError(f"avg_factor divides a mean; reduction is {reduction!r}")
     if isinstance(avg_factor, Tensor):
         if avg_factor.numel() != 1:
-            raise ValueError(f"avg_factor has {_checks.shape_of(avg_factor)}; expected a number or a 0-dim Tensor")
+            raise ValueError(
+                f"avg_factor has {_checks.shape_of(avg_factor)}; expected a number or a 0-dim Tensor"
+            )
         return avg_factor.to(torch.float64), 0.0
     if isinstance(avg_factor, (int, float)):
         return None, float("nan") if avg_factor != avg_factor else max(float(avg_factor), 1.0)

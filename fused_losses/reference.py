@@ -219,10 +219,9 @@ def anchors(
         t, ignored = index_target(target, scores, input.shape[class_dim], class_dim, *options, x.dtype)
         kept = ~ignored.unsqueeze(class_dim)
         x = x.masked_fill(~kept, 0)
+    balance: tuple[float | Tensor, float | Tensor] = (alpha_positive, alpha_negative)
     if alpha is not None:
         balance = (_wide(alpha), 1 - _wide(alpha))
-    else:
-        balance = (alpha_positive, alpha_negative)
     loss = elementwise(x, _wide(t), pos_weight, *balance, gamma, detach_weight)
     if weight is not None:
         loss = loss * weight

@@ -22,7 +22,9 @@ from fused_losses import IndexTarget, reference
 BACKGROUND, IGNORED = -1, -2
 
 
-def plain_focal(input: Tensor, target: Tensor, alpha: Any = 0.25, reduction: str = "mean", **options: Any) -> Tensor:
+def plain_focal(
+    input: Tensor, target: Tensor, alpha: Any = 0.25, reduction: str = "mean", **options: Any
+) -> Tensor:
     """torchvision's with the factors that YOLOv5's wrapper adds, and a tensor alpha."""
     p = torch.sigmoid(input)
     weights = {name: options.get(name) for name in ("weight", "pos_weight")}
@@ -32,7 +34,9 @@ def plain_focal(input: Tensor, target: Tensor, alpha: Any = 0.25, reduction: str
     return loss if reduction == "none" else getattr(loss, reduction)()
 
 
-def exact_of(elementwise: reference.Elementwise, positive: float, negative: float, gamma: float) -> Callable[..., Tensor]:
+def exact_of(
+    elementwise: reference.Elementwise, positive: float, negative: float, gamma: float
+) -> Callable[..., Tensor]:
     """The formula in the readable form, for fp64."""
 
     def loss(input: Tensor, target: Tensor, reduction: str = "mean", **options: Any) -> Tensor:
@@ -61,7 +65,11 @@ LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], Callable[...,
         exact_of(reference.bce_elements, 1, 1, 0),
     ),
     "focal": (F.sigmoid_focal_loss, plain_focal, exact_of(reference.focal_elements, 0.25, 0.75, 2)),
-    "quality": (F.quality_focal_loss, plain.quality_focal_loss, exact_of(reference.quality_focal_elements, 1, 1, 2)),
+    "quality": (
+        F.quality_focal_loss,
+        plain.quality_focal_loss,
+        exact_of(reference.quality_focal_elements, 1, 1, 2),
+    ),
     "varifocal": (F.varifocal_loss, plain.varifocal_loss, exact_of(reference.varifocal_elements, 1, 0.75, 2)),
 }
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -108,7 +116,8 @@ def check(
     def of_dense(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def call(input: Tensor) -> Tensor:
             arguments = {
-                key: value.to(input.dtype) if isinstance(value, Tensor) else value for key, value in given.items()
+                key: value.to(input.dtype) if isinstance(value, Tensor) else value
+                for key, value in given.items()
             }
             each = loss(input, dense.to(input.dtype), reduction="none", **arguments)
             each = torch.where(kept, each, 0)
@@ -122,7 +131,9 @@ def check(
 
     soft = target.scores is not None or target.positive != 1 or target.negative != 0
     close = soft and name == "quality"  # |t - s|^beta
-    assert_accurate(indexed, of_dense(theirs), logits, exact=of_dense(exact), cancels=soft, value_cancels=close)
+    assert_accurate(
+        indexed, of_dense(theirs), logits, exact=of_dense(exact), cancels=soft, value_cancels=close
+    )
 
 
 @pytest.mark.every_level
@@ -153,7 +164,15 @@ def test_scores_and_label_smoothing(dtype: torch.dtype, reduction: str, name: st
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "sliced", "stepped"])
 @pytest.mark.parametrize(
     ("shape", "class_dim"),
-    [((7,), 0), ((9, 17), -1), ((9, 17), 0), ((3, 17, 95), 1), ((2, 5, 4, 6), 1), ((2, 3, 5, 6, 19), -1), ((4, 1, 5), 1)],
+    [
+        ((7,), 0),
+        ((9, 17), -1),
+        ((9, 17), 0),
+        ((3, 17, 95), 1),
+        ((2, 5, 4, 6), 1),
+        ((2, 3, 5, 6, 19), -1),
+        ((4, 1, 5), 1),
+    ],
 )
 def test_layouts_and_class_dim(shape: tuple[int, ...], class_dim: int, layout: str, name: str) -> None:
     dim = class_dim % len(shape)
@@ -163,10 +182,14 @@ def test_layouts_and_class_dim(shape: tuple[int, ...], class_dim: int, layout: s
     for dtype, reduction in ((torch.float32, "mean"), (torch.bfloat16, "none")):
         labels = draw_labels(anchors, shape[dim])
         target = IndexTarget(labels, torch.rand(anchors).bfloat16().to(dtype))
-        check(name, arrange(logits_of(shape, dtype), layout), target, reduction=reduction, class_dim=class_dim)
+        check(
+            name, arrange(logits_of(shape, dtype), layout), target, reduction=reduction, class_dim=class_dim
+        )
         if labels.dim() > 1:
             turned = labels.transpose(0, -1).contiguous().transpose(0, -1)
-            check(name, logits_of(shape, dtype), IndexTarget(turned), reduction=reduction, class_dim=class_dim)
+            check(
+                name, logits_of(shape, dtype), IndexTarget(turned), reduction=reduction, class_dim=class_dim
+            )
 
 
 @every_loss
@@ -211,7 +234,9 @@ def test_all_weights_together(
     def per_class(values: Tensor) -> Tensor:
         return values.view(-1, *(1,) * (len(shape) - 1 - dim))
 
-    weight, pos_weight, alpha = (torch.rand(size).bfloat16().add(0.1).to(dtype) for size in (anchors, (classes,), (classes,)))
+    weight, pos_weight, alpha = (
+        torch.rand(size).bfloat16().add(0.1).to(dtype) for size in (anchors, (classes,), (classes,))
+    )
     target = IndexTarget(draw_labels(anchors, classes))
     dense_options = {"weight": weight.unsqueeze(dim), "pos_weight": per_class(pos_weight)}
     options: dict[str, Any] = {"weight": weight, "pos_weight": pos_weight, "reduction": reduction}
@@ -258,7 +283,8 @@ def test_ignored_anchors_let_nothing_through(dtype: torch.dtype, name: str) -> N
             ]
             assert torch.equal(*values)
             gradients = [
-                torch.autograd.grad(value.sum(), leaf)[0] for value, leaf in zip(values, (clean, dirty), strict=True)
+                torch.autograd.grad(value.sum(), leaf)[0]
+                for value, leaf in zip(values, (clean, dirty), strict=True)
             ]
             assert torch.equal(*gradients)
             assert (gradients[1][~kept] == 0).all()
@@ -290,7 +316,9 @@ def test_avg_factor(dtype: torch.dtype, name: str) -> None:
                 assert leaf.grad is not None
                 assert other.grad is not None
                 tolerance = 4 * torch.finfo(dtype).eps
-                torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=tolerance, atol=tolerance / 10)
+                torch.testing.assert_close(
+                    leaf.grad.double(), other.grad, rtol=tolerance, atol=tolerance / 10
+                )
 
 
 @every_loss
@@ -307,7 +335,9 @@ def test_nothing_to_average(name: str) -> None:
         assert loss == 0
         assert leaf.grad is not None
         assert (leaf.grad == 0).all()
-    assert ours(torch.randn(3, 5), IndexTarget(torch.tensor([0, 1, 2])), avg_factor=math.nan, reduction="mean").isnan()
+    assert ours(
+        torch.randn(3, 5), IndexTarget(torch.tensor([0, 1, 2])), avg_factor=math.nan, reduction="mean"
+    ).isnan()
 
 
 @pytest.mark.every_level
@@ -318,7 +348,9 @@ def test_nothing_to_average(name: str) -> None:
 def test_dense_targets(kind: str, gamma: float, name: str, dtype: torch.dtype) -> None:
     key = "beta" if name == "quality" else "gamma"
     ours, theirs, _ = LOSSES[name]
-    elementwise = {"quality": reference.quality_focal_elements, "varifocal": reference.varifocal_elements}[name]
+    elementwise = {"quality": reference.quality_focal_elements, "varifocal": reference.varifocal_elements}[
+        name
+    ]
     exact = exact_of(elementwise, 1, 0.75, gamma)
     logits, target = logits_of((65, 33), dtype), torch.rand(65, 33).bfloat16().to(dtype)
     if kind == "hard":
@@ -343,13 +375,19 @@ def test_varifocal_options(dtype: torch.dtype) -> None:
     target[torch.rand(65, 33) < 0.7] = 0
     for iou_weighted in (True, False):
         for detach_weight in (True, False):
-            options: dict[str, Any] = {"iou_weighted": iou_weighted, "detach_weight": detach_weight, "alpha": 0.4}
+            options: dict[str, Any] = {
+                "iou_weighted": iou_weighted,
+                "detach_weight": detach_weight,
+                "alpha": 0.4,
+            }
             exact = exact_of(reference.varifocal_elements, float(iou_weighted), 0.4, 1.5)
             assert_accurate(
                 F.varifocal_loss,
                 plain.varifocal_loss,
                 logits,
-                exact=lambda x, exact=exact, **o: exact(x, o["target"], gamma=1.5, detach_weight=o["detach_weight"]),
+                exact=lambda x, exact=exact, **o: exact(
+                    x, o["target"], gamma=1.5, detach_weight=o["detach_weight"]
+                ),
                 cancels=True,
                 target=target,
                 gamma=1.5,
@@ -459,7 +497,10 @@ def test_return_probabilities(dtype: torch.dtype, reduction: str, name: str) -> 
             assert not probabilities.requires_grad
             exact = torch.sigmoid(logits.detach().double())
             torch.testing.assert_close(
-                probabilities.double(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-7 if dtype == torch.float16 else 0
+                probabilities.double(),
+                exact,
+                rtol=2 * torch.finfo(dtype).eps,
+                atol=1e-7 if dtype == torch.float16 else 0,
             )
             assert probabilities.dtype == dtype
             assert torch.equal(loss, ours(leaf, target, reduction=reduction, avg_factor=None))
@@ -467,7 +508,9 @@ def test_return_probabilities(dtype: torch.dtype, reduction: str, name: str) -> 
             loss.sum().backward()
             assert torch.equal(probabilities, before)
         with torch.no_grad():
-            assert torch.equal(ours(leaf, target, reduction=reduction, return_probabilities=True)[1], probabilities)
+            assert torch.equal(
+                ours(leaf, target, reduction=reduction, return_probabilities=True)[1], probabilities
+            )
 
 
 class LargeTensors(TorchDispatchMode):
@@ -518,7 +561,11 @@ def test_errors(name: str) -> None:
         (IndexError, "class_dim.*2", lambda: ours(logits, target, class_dim=2)),
         (ValueError, "avg_factor.*sum", lambda: ours(logits, target, avg_factor=3, reduction="sum")),
         (ValueError, "avg_factor.*none", lambda: ours(logits, target, avg_factor=3, reduction="none")),
-        (ValueError, "avg_factor.*2", lambda: ours(logits, target, avg_factor=torch.ones(2), reduction="mean")),
+        (
+            ValueError,
+            "avg_factor.*2",
+            lambda: ours(logits, target, avg_factor=torch.ones(2), reduction="mean"),
+        ),
         (TypeError, "avg_factor.*'3'", lambda: ours(logits, target, avg_factor="3", reduction="mean")),
         (ValueError, "reduction.*avg", lambda: ours(logits, target, reduction="avg")),
         (ValueError, "weight.*3.*4, 5", lambda: ours(logits, target, weight=torch.ones(3))),
@@ -659,7 +706,9 @@ def test_rt_detr_head() -> None:
     target_score = scores.unsqueeze(-1) * target
     pred_score = torch.sigmoid(other).detach()
     weight = 0.75 * pred_score.pow(2.0) * (1 - target) + target_score
-    loss = torch_functional.binary_cross_entropy_with_logits(other, target_score, weight=weight, reduction="none")
+    loss = torch_functional.binary_cross_entropy_with_logits(
+        other, target_score, weight=weight, reduction="none"
+    )
     theirs = loss.mean(1).sum() * queries / boxes
     criterion = fused_losses.VarifocalLoss(detach_weight=True)
     ours = criterion(leaf, IndexTarget(labels, scores), avg_factor=boxes)
@@ -687,7 +736,11 @@ def test_yolov5s_focal_wrapper_takes_an_index_target() -> None:
 
 
 def test_criteria_are_the_functions() -> None:
-    logits, target, weight = torch.randn(33, 17), IndexTarget(draw_labels((33,), 17), torch.rand(33)), torch.rand(33)
+    logits, target, weight = (
+        torch.randn(33, 17),
+        IndexTarget(draw_labels((33,), 17), torch.rand(33)),
+        torch.rand(33),
+    )
     flipped = logits.T.contiguous()
     for criterion, function, options in (
         (fused_losses.QualityFocalLoss, F.quality_focal_loss, {"beta": 1.5}),
@@ -697,7 +750,7 @@ def test_criteria_are_the_functions() -> None:
         module = criterion(**options, class_dim=0)
         expected = function(logits, target, weight=weight, avg_factor=3, reduction="mean", **options)
         torch.testing.assert_close(module(flipped, target, weight, avg_factor=3), expected)
-        assert f"reduction='mean'" in repr(module)
+        assert "reduction='mean'" in repr(module)
     ours = fused_losses.BCEWithLogitsLoss(class_dim=0, pos_weight=torch.rand(17))
     expected = F.binary_cross_entropy_with_logits(logits, target, pos_weight=ours.pos_weight, avg_factor=3)
     torch.testing.assert_close(ours(flipped, target, avg_factor=3), expected)

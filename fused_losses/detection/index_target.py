@@ -48,17 +48,23 @@ class IndexTarget:
 
     def __post_init__(self) -> None:
         if not isinstance(self.labels, Tensor) or self.labels.dtype not in INTEGERS:
-            raise TypeError(f"labels is {_kind(self.labels)}; expected a Tensor of integers, one class id an anchor")
+            raise TypeError(
+                f"labels is {_kind(self.labels)}; expected a Tensor of integers, one class id an anchor"
+            )
         if self.scores is None:
             return
         if not isinstance(self.scores, Tensor) or not self.scores.is_floating_point():
-            raise TypeError(f"scores is {_kind(self.scores)}; expected a floating Tensor, one score an anchor")
+            raise TypeError(
+                f"scores is {_kind(self.scores)}; expected a floating Tensor, one score an anchor"
+            )
         if self.scores.shape != self.labels.shape:
             raise ValueError(
                 f"scores has shape {tuple(self.scores.shape)}; expected that of labels, {tuple(self.labels.shape)}"
             )
 
-    def dense(self, classes: int, class_dim: int = -1, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def dense(
+        self, classes: int, class_dim: int = -1, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The dense target and which of its elements count: what this object stands for, for a comparison.
 
         Returns:
@@ -70,7 +76,9 @@ class IndexTarget:
             dtype = torch.get_default_dtype() if self.scores is None else self.scores.dtype
         dim = class_dim % (self.labels.dim() + 1)
         options = (self.positive, self.negative, self.background, self.ignore_index)
-        target, ignored = reference.index_target(self.labels.long(), self.scores, classes, dim, *options, dtype)
+        target, ignored = reference.index_target(
+            self.labels.long(), self.scores, classes, dim, *options, dtype
+        )
         return target, ~ignored.unsqueeze(dim).expand_as(target)
 
 
