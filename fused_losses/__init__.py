@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from . import detection, functional
+from .adapters import register_adapter
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
 from .detection import IndexTarget, QualityFocalLoss, VarifocalLoss
 from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+from .patch import patch_torch
+from .replace import replace_criterion
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,4 +24,7 @@ __all__ = [
     "VarifocalLoss",
     "detection",
     "functional",
+    "patch_torch",
+    "register_adapter",
+    "replace_criterion",
 ]

@@ -24,8 +24,8 @@ def anchor_ops(name: str, elementwise: reference.Elementwise) -> LossOps:
     """The ops of the loss `name` for a detector's head; `elementwise` is its formula in plain torch."""
 
     def in_plain_torch(*arguments: Any) -> Tensor:
-        name = _checks.REDUCTION_NAMES[arguments[-1]]
-        return reference.anchors(elementwise, *arguments[:-1], reduction=name)
+        in_words = (*arguments[:-1], _checks.REDUCTION_NAMES[arguments[-1]])
+        return reference.anchors(elementwise, *in_words)
 
     return LossOps.of(f"{name}_anchors", in_plain_torch)
 

@@ -8,6 +8,7 @@
 
 #include "math/bce.h"
 #include "math/cross_entropy.h"
+#include "math/pairwise.h"
 #include "math/quality_focal.h"
 #include "math/varifocal.h"
 
@@ -15,6 +16,7 @@
 
 #include "cpu/elementwise.h"
 #include "cpu/softmax.h"
+#include "cpu/pairwise.h"
 
 template <class S>
 static void scale_range(S* data, int64_t count, typename ComputeOf<S>::T factor) {

@@ -19,6 +19,10 @@ template <class V>
 FL_FN V at_least(V a, V low) {  // a NaN in `a` stays
   return a < low ? low : a;
 }
+template <class V>
+FL_FN V at_most(V a, V high) {
+  return a > high ? high : a;
+}
 FL_FN float exp(float x) { return ::expf(x); }
 FL_FN double exp(double x) { return ::exp(x); }
 FL_FN float log(float x) { return ::logf(x); }
@@ -42,6 +46,7 @@ FL_FN double magnitude(double x) { return ::fabs(x); }
 #include "math/sigmoid.h"
 
 #include "math/focal.h"
+#include "math/pairwise.h"
 
 #include "math/bce.h"
 #include "math/cross_entropy.h"

@@ -137,10 +137,15 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   args.want_sum = forward;
   args.grad_scale = 1;
   args.input = operand(input, input, "input");
-  if (target.scalar_type() == torch::headeronly::ScalarType::Long)
+  if (options.head && target.scalar_type() == torch::headeronly::ScalarType::Long) {
     index_target(call, input, target, options);
-  else
+  } else {
     args.target = operand(target, input, "target");
+    STD_TORCH_CHECK(target.dim() == input.dim(), "target has ", target.dim(), " dimensions, input ", input.dim());
+    for (int64_t d = 0; d < input.dim(); ++d)
+      STD_TORCH_CHECK(target.size(d) == input.size(d), "target has size ", target.size(d), " in dimension ", d,
+                      ", input ", input.size(d));
+  }
   if (options.weight) args.weight = operand(*options.weight, input, "weight");
   if (options.pos_weight) args.pos_weight = operand(*options.pos_weight, input, "pos_weight");
   if (options.alpha) args.alpha = operand(*options.alpha, input, "alpha");
@@ -151,6 +156,12 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
     args.value = operand(*call.value, input, "value");
   }
   if (grad) args.grad = operand(*grad, input, "gradient");
+  const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
+  for (const Operand* o : {&args.target, &args.upstream, &args.probability})
+    STD_TORCH_CHECK(!o->data || o->dtype == own, "all tensors must have the input's dtype");
+  for (const Operand* o : {&args.weight, &args.pos_weight, &args.alpha})
+    STD_TORCH_CHECK(!o->data || o->dtype == own || o->dtype == compute,
+                    "weights must have the input's dtype, or that of its arithmetic");
   if (input.numel() > 0) collapse(args, input);
   return call;
 }
@@ -171,6 +182,8 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   args.logits = logits.data_ptr();
   args.logits_class_stride = classes == 1 ? 1 : logits.stride(dim);
   args.ignore_index = options.ignore_index;
+  STD_TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, "label_smoothing is ",
+                  options.label_smoothing, "; expected 0 to 1");
   args.label_smoothing = options.label_smoothing;
   args.gamma = options.gamma;
   args.count_weights = options.count_weights;
@@ -180,11 +193,14 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
     if (d != dim) target_sizes.push_back(logits.size(d));
   const bool index = target.scalar_type() == torch::headeronly::ScalarType::Long;
   if (index) {
-    STD_TORCH_CHECK(target.numel() == args.positions, "target has ", target.numel(), " elements; input has ",
-                    args.positions, " positions");
+    STD_TORCH_CHECK(target.dim() == logits.dim() - 1, "target has ", target.dim(), " dimensions, input ", logits.dim());
+    for (int64_t d = 0; d < target.dim(); ++d)
+      STD_TORCH_CHECK(target.size(d) == target_sizes[d], "target has size ", target.size(d), " in dimension ", d,
+                      "; expected ", target_sizes[d]);
     if (!target.is_contiguous()) target = torch::stable::contiguous(target);
     args.index = static_cast<const int64_t*>(target.data_ptr());
   } else {
+    STD_TORCH_CHECK(options.ignore_index < 0, "ignore_index is ", options.ignore_index, ", but target has no indices");
     STD_TORCH_CHECK(dtype_of(target, "target") == args.dtype, "target's dtype differs from input's");
     STD_TORCH_CHECK(target.dim() == logits.dim(), "target has ", target.dim(), " dimensions, input ", logits.dim());
     for (int64_t d = 0; d < logits.dim(); ++d)
@@ -196,8 +212,8 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   if (options.weight) {
     const DType compute = args.dtype == DType::f64 ? DType::f64 : DType::f32;
     STD_TORCH_CHECK(dtype_of(*options.weight, "weight") == compute && options.weight->is_contiguous() &&
-                        options.weight->numel() == classes,
-                    "weight must be contiguous, of ", classes, " elements in the compute dtype");
+                        options.weight->dim() == 1 && options.weight->numel() == classes,
+                    "weight must be contiguous, (", classes, "), in the compute dtype");
     args.weight = options.weight->data_ptr();
   }
   OptionalTensor upstream_rows;

@@ -12,7 +12,8 @@ struct ElementwiseOptions {
   OptionalTensor weight, pos_weight;
   double alpha_positive, alpha_negative, gamma;
   Reduction reduction;
-  // What a detector's head asks besides. With an index target, `target` holds the labels.
+  // What a detector's head asks besides. Its target may be labels, int64.
+  bool head = false;
   OptionalTensor scores = {}, alpha = {}, probability = {};
   double positive = 1, negative = 0;
   int64_t background = -1, ignore_index = -2, class_dim = 0;

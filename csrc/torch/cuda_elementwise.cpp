@@ -21,13 +21,6 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   const OnDevice device(input);
   ElementwiseCall call = elementwise_call(loss, input, target, options, upstream, grad);
   ElementwiseArgs& args = call.args;
-  const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
-  for (const Operand* operand : {&args.target, &args.upstream, &args.probability})
-    STD_TORCH_CHECK(!operand->data || operand->dtype == own, "all tensors must have the input's dtype");
-  for (const Operand* operand : {&args.weight, &args.pos_weight, &args.alpha})
-    STD_TORCH_CHECK(!operand->data || operand->dtype == own || operand->dtype == compute,
-                    "weights must have the input's dtype, or that of its arithmetic");
-
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
   const bool mean = options.reduction == Reduction::mean, reduced = forward && !none;
   const int64_t count = input.numel(), blocks = cuda::elementwise_blocks(count);
@@ -63,7 +56,7 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   if (count > 0) check(cuda::elementwise(args, count, buffers, device.stream()), "element-wise loss");
   if (reduced) {
     // The mean of nothing is 0 times infinity, or 0 by 0: nan, as in torch.
-    check(cuda::finish(buffers, count > 0 ? blocks : 0, factor, value->data_ptr(), own, device.stream()),
+    check(cuda::finish(buffers, count > 0 ? blocks : 0, factor, value->data_ptr(), args.input.dtype, device.stream()),
           "element-wise loss");
   }
   return forward ? *value : *upstream;

@@ -31,6 +31,7 @@ ElementwiseOptions options(const OptionalTensor& scores, const OptionalTensor& w
                            int64_t class_dim, double alpha_positive, double alpha_negative, double gamma,
                            bool detach_weight, int64_t reduction, const OptionalTensor& probability) {
   ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction);
+  all.head = true;
   all.scores = scores;
   all.alpha = alpha;
   all.avg_factor = avg_factor;

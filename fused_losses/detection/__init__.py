@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .index_target import IndexTarget
+from .pairwise import pairwise_bce_cost
 from .quality_focal import QualityFocalLoss, quality_focal_loss
 from .varifocal import VarifocalLoss, varifocal_loss
 
@@ -10,6 +11,7 @@ __all__ = [
     "IndexTarget",
     "QualityFocalLoss",
     "VarifocalLoss",
+    "pairwise_bce_cost",
     "quality_focal_loss",
     "varifocal_loss",
 ]
