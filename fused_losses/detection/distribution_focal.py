@@ -81,7 +81,9 @@ def distribution_focal_loss(
             f"target has {_checks.shape_of(target)}; expected the input's, {tuple(input.shape)}, without its bins"
         )
     if not target.is_floating_point():
-        raise ValueError(f"target has dtype {target.dtype}; expected a floating one: it lies between two bins")
+        raise ValueError(
+            f"target has dtype {target.dtype}; expected a floating one: it lies between two bins"
+        )
     wide = torch.float64 if input.dtype is torch.float64 else torch.float32
     if weight is not None:
         weight = _for_each_target(weight, target).to(wide)
