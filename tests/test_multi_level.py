@@ -73,7 +73,7 @@ def test_a_name_options_and_index_targets() -> None:
     each = [{"avg_factor": torch.tensor(float(i))} for i in range(12)]
     total, values = multi_level("varifocal_loss", levels, each=each, detach_weight=True)
     expected = torch.stack(
-        [F.varifocal_loss(*level, detach_weight=True, **o) for level, o in zip(levels, each)]
+        [F.varifocal_loss(*level, detach_weight=True, **o) for level, o in zip(levels, each, strict=True)]
     )
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(total, expected.sum())
