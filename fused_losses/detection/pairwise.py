@@ -70,9 +70,11 @@ def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | N
         logits.requires_grad or (objectness is not None and objectness.requires_grad)
     )
     gt_classes = gt_classes.long()
-    if not wants_gradient and objectness is not None:
-        objectness = objectness.detach()
-    if wants_gradient or not _checks.reachable(logits, gt_classes, objectness):
+    if wants_gradient:
+        _checks.log_fall_back("a gradient of pairwise_bce_cost is wanted")
+        return reference.pairwise_bce_cost(logits, gt_classes, objectness)
+    objectness = None if objectness is None else objectness.detach()
+    if not _checks.reachable(logits, gt_classes, objectness):
         return reference.pairwise_bce_cost(logits, gt_classes, objectness)
     return _cost(logits, gt_classes, objectness)
 
