@@ -67,13 +67,14 @@ def _reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str
     return REDUCTIONS[reduction](loss)
 
 
-def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor) -> Tensor:
-    """YOLOX's assigner: probabilities and one-hot classes repeated to (G, A, C)."""
-    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    p = (logits.to(wide).sigmoid() * objectness.to(wide).sigmoid()).sqrt()
-    target = F.one_hot(gt_classes, logits.shape[1]).to(wide)
-    p, target = p.unsqueeze(0).repeat(len(gt_classes), 1, 1), target.unsqueeze(1).repeat(1, len(logits), 1)
-    return F.binary_cross_entropy(p, target, reduction="none").sum(-1)
+def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor) -> Tensor:
+    """An assigner's cost as assigners compute it: both sides expanded to (G, A, C)."""
+    (anchors, classes), (ground_truths,) = logits.shape, gt_classes.shape
+    probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    target = F.one_hot(gt_classes, classes).to(probability).unsqueeze(1)
+    shape = ground_truths, anchors, classes
+    cost = F.binary_cross_entropy(probability.expand(shape), target.expand(shape), reduction="none")
+    return cost.sum(-1)
 
 
 # -- packages --------------------------------------------------------------------------------------------------

@@ -76,7 +76,9 @@ class Loss:
     in_place: bool = True
     differentiable: bool = True  # else it is measured forward only, with what it returns whole
     logits_dims: str = ""  # those that make the logits' shape, if not all
-    floor_elements: Callable[[dict[str, int]], int] | None = None  # if not logits in, gradient out
+    floor_bytes: Callable[[dict[str, int], int], int] | None = (
+        None  # of sizes and itemsize, if not logits in, gradient out
+    )
 
 
 def index_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
@@ -100,11 +102,9 @@ def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
     return torch.sigmoid(logits), target
 
 
-def assignment(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
-    """A picture's class logits, the classes of its objects, and objectness logits as YOLOX has them."""
+def classes_of_ground_truths(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
     logits = 2 * torch.randn(case.shape, generator=random) - 4.6
-    gt_classes = torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
-    return logits, gt_classes, 2 * torch.randn(case.dims["A"], 1, generator=random) - 2
+    return logits, torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
 
 
 LOSSES = {
@@ -150,16 +150,16 @@ LOSSES = {
         options={"alpha": float, "gamma": float, "ignore_index": int, "reduction": str},
     ),
     "pairwise": Loss(
-        "assigner's cost",
+        "pairwise BCE cost",
         plain.pairwise_bce_cost,
         pairwise_bce_cost,
-        assignment,
+        classes_of_ground_truths,
         dims="GAC",
         options={},
         in_place=False,
         differentiable=False,
         logits_dims="AC",
-        floor_elements=lambda dims: dims["A"] * (dims["C"] + dims["G"]),
+        floor_bytes=lambda n, itemsize: n["A"] * n["C"] * itemsize + n["G"] * n["A"] * max(4, itemsize),
     ),
 }
 
@@ -255,8 +255,8 @@ class Case:
     @property
     def floor_bytes(self) -> int:
         """What forward and backward together cannot avoid: the logits in once, the gradient out once."""
-        if self.loss.floor_elements:
-            return self.loss.floor_elements(self.dims) * DTYPES[self.dtype].itemsize
+        if self.loss.floor_bytes:
+            return self.loss.floor_bytes(self.dims, DTYPES[self.dtype].itemsize)
         return 2 * self.logits_bytes
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:

@@ -40,8 +40,18 @@ def rewritten(readme: str, paths: list[Path]) -> str:
 def section(path: Path) -> str:
     report = json.loads(path.read_text())
     folder = path.parent.relative_to(ROOT).as_posix()
-    baselines = [name for name in report["baselines"] if any(name in c["implementations"] for c in report["cases"])]
-    heading = ["case", *baselines, "fused", *(f"x {name}" for name in baselines), "in place", "of copy", "memory"]
+    baselines = [
+        name for name in report["baselines"] if any(name in c["implementations"] for c in report["cases"])
+    ]
+    heading = [
+        "case",
+        *baselines,
+        "fused",
+        *(f"x {name}" for name in baselines),
+        "in place",
+        "of copy",
+        "memory",
+    ]
     lines = [
         f"### {_machine(report)}\n",
         _conditions(report, folder),
@@ -71,7 +81,7 @@ def _conditions(report: dict[str, Any], folder: str) -> str:
         f"{' / '.join([*report['baselines'][:1], *OURS])}. Everything measured, and a picture a suite, is in "
         f"[{folder}]({folder})."
     )
-    return text + (f" **{busy(environment)}**" if busy(environment) else "")
+    return text + (f" **{busy(report)}**" if busy(report) else "")
 
 
 def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
@@ -93,7 +103,7 @@ def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
         *(f"**{ratios[name]:.1f}**" if name in ratios else "" for name in baselines),
         time("in place"),
         f"{in_place['bytes_per_second'] / copy:.0%}" if in_place else "",
-        " / ".join(map(memory, [*baselines[:1], *OURS])) + " MB" if case["logits_bytes"] >= 1e6 else "",
+        " / ".join(map(memory, [*baselines[:1], *OURS])) + " MB" if found["fused"]["extra_bytes"] else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -101,7 +111,9 @@ def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
 def _means(report: dict[str, Any], baselines: list[str]) -> str:
     def ratios(suite: str, name: str) -> str:
         row = report["geometric_mean"][suite][name]
-        return " and ".join(f"{row[baseline]:.1f} times {baseline}" for baseline in baselines if baseline in row)
+        return " and ".join(
+            f"{row[baseline]:.1f} times {baseline}" for baseline in baselines if baseline in row
+        )
 
     suites = ", ".join(
         f"{suite} {ratios(suite, 'fused')}" for suite in report["geometric_mean"] if suite != "all"
