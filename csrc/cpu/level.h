@@ -4,10 +4,13 @@
 #include "cpu/vector_math.h"
 #include "math/sigmoid.h"
 
+#include "math/focal.h"
+
 #include "math/bce.h"
 #include "math/cross_entropy.h"
-#include "math/focal.h"
 #include "math/pairwise.h"
+#include "math/quality_focal.h"
+#include "math/varifocal.h"
 
 #include "cpu/staging.h"
 
@@ -51,6 +54,7 @@ static bool evaluate_as(const char* function, const T* x, T* y, int64_t count, d
   if (is("log")) return map([](V v) { return log(v); });
   if (is("log1p")) return map([](V v) { return log1p(v); });
   if (is("log1p_unit")) return map([](V v) { return log1p_unit(v); });
+  if (is("odds")) return map([](V v) { return odds(v); });
   if (is("sqrt")) return map([](V v) { return square_root(v); });
   if (is("pow")) return map([&](V v) { return power(v, parameter); });
   return false;

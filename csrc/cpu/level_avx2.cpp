@@ -14,6 +14,7 @@ namespace level_avx2 {
 }
 const Kernels avx2{"avx2",
                    level_avx2::elementwise,
+                   level_avx2::encode_labels,
                    level_avx2::find_outside_unit,
                    level_avx2::softmax_rows,
                    level_avx2::softmax_columns,

@@ -8,6 +8,7 @@ namespace level_baseline {
 }
 const Kernels baseline{"baseline",
                        level_baseline::elementwise,
+                       level_baseline::encode_labels,
                        level_baseline::find_outside_unit,
                        level_baseline::softmax_rows,
                        level_baseline::softmax_columns,
