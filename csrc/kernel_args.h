@@ -88,4 +88,11 @@ struct PairwiseArgs {
   void* cost;                        // [G, A] contiguous, of the compute dtype
 };
 
+// Distribution focal loss: rows.index, rows.probability and rows.weight are not looked at.
+struct DistributionArgs {
+  SoftmaxArgs rows;
+  const void* target;  // [positions] in [0, C - 1], of the compute dtype
+  const void* weight;  // [positions] of the compute dtype, or nullptr
+};
+
 }  // namespace fused_losses

@@ -6,7 +6,7 @@ from . import detection, functional
 from .adapters import register_adapter
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
-from .detection import IndexTarget, QualityFocalLoss, VarifocalLoss
+from .detection import DistributionFocalLoss, IndexTarget, QualityFocalLoss, VarifocalLoss
 from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 from .patch import patch_torch
 from .replace import replace_criterion
@@ -16,6 +16,7 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "DistributionFocalLoss",
     "FocalLoss",
     "IndexTarget",
     "QualityFocalLoss",

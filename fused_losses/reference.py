@@ -174,11 +174,20 @@ def index_target(
 
 
 def _require_classes(index: Tensor, classes: int) -> None:
-    if not index.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not _may_read(index):
         return
     outside = index[(index < 0) | (index >= max(classes, 1))]
     if outside.numel():
         raise IndexError(f"Label {outside[0]} is out of bounds: input has {classes} classes")
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether its numbers are there, and to be read without waiting for another device."""
+    return (
+        tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 Elementwise = Callable[[Tensor, Tensor, Tensor | None, float | Tensor, float | Tensor, float, bool], Tensor]
@@ -229,12 +238,10 @@ def anchors(
         loss = loss * weight
     if kept is not None:
         loss = loss.masked_fill(~kept, 0)
-    if reduction == "mean" and (divisor != 0 or avg_factor is not None):
-        loss = loss.sum() / (divisor if avg_factor is None else avg_factor.clamp(min=1).to(loss.dtype))
-    elif reduction == "mean" and kept is not None:
+    if reduction == "mean" and kept is not None and divisor == 0 and avg_factor is None:
         loss = loss.sum() / (kept.sum() * input.shape[class_dim])
     else:
-        loss = _reduce(loss, reduction)
+        loss = _mean_by(loss, reduction, avg_factor, divisor)
     return loss.to(input.dtype if kept is not None else torch.result_type(input, target))
 
 
@@ -299,6 +306,39 @@ def varifocal_elements(
     return torch.where(t > 0, positive, focus * _logistic_loss(x, torch.zeros_like(t), None))
 
 
+def distribution_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    divisor: float,
+    reduction: str,
+) -> Tensor:
+    """Cross entropy of softmax(input) with the two bins beside a target.
+
+        loss = -weight ((l + 1 - t) log p_l + (t - l) log p_(l+1)),    l = floor(t)
+
+    input: (C), (N, C) or (N, C, d1, .., dK) logits of C bins. target, weight: the same without C, targets in
+    [0, C - 1]. The mean divides by avg_factor or divisor as in `anchors`, else by the targets. Returns the shape of
+    target for "none", else ().
+    """
+    class_dim = _class_dim(input)
+    last = input.shape[class_dim] - 1
+    outside = ~((target >= 0) & (target <= last))
+    if _may_read(target) and outside.any():
+        raise IndexError(f"Target {target[outside][0]} is out of bounds: input has {last + 1} bins")
+    log_p = torch_functional.log_softmax(_wide(input), class_dim)
+    left = target.detach().floor().long().clamp(0, max(last - 1, 0))  # the last bin is a right neighbour
+
+    def at(bin: Tensor) -> Tensor:
+        return log_p.gather(class_dim, bin.unsqueeze(class_dim)).squeeze(class_dim)
+
+    loss = -((left + 1 - target) * at(left) + (target - left) * at((left + 1).clamp(max=last)))
+    if weight is not None:
+        loss = loss * weight
+    return _mean_by(loss, reduction, avg_factor, divisor).to(input.dtype)
+
+
 def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None) -> Tensor:
     """Binary cross entropy of every anchor's probabilities p with every ground truth's one-hot target.
 
@@ -352,6 +392,12 @@ def _class_dim(input: Tensor) -> int:
 def _wide(tensor: Tensor) -> Tensor:
     """fp32 for fp16 and bf16, anything else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _mean_by(loss: Tensor, reduction: str, avg_factor: Tensor | None, divisor: float) -> Tensor:
+    if reduction != "mean" or (divisor == 0 and avg_factor is None):
+        return _reduce(loss, reduction)
+    return loss.sum() / (divisor if avg_factor is None else avg_factor.clamp(min=1).to(loss.dtype))
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

@@ -89,3 +89,20 @@ def varifocal_loss(
     loss = focal * torch_functional.binary_cross_entropy_with_logits(input, target, reduction="none")
     loss = loss if weight is None else loss * weight
     return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def distribution_focal_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """mmdet's and ultralytics's: two cross entropies on (N, bins)."""
+    bins = input.shape[-1]
+    left = target.long().clamp(max=max(bins - 2, 0))
+    right = (left + 1).clamp(max=bins - 1)
+    flat = input.reshape(-1, bins)
+    ce_left, ce_right = (
+        torch_functional.cross_entropy(flat, i.reshape(-1), reduction="none").view(target.shape)
+        for i in (left, right)
+    )
+    loss = ce_left * (left + 1 - target) + ce_right * (target - left)
+    loss = loss if weight is None else loss * weight
+    return loss if reduction == "none" else getattr(loss, reduction)()

@@ -8,6 +8,7 @@
 
 #include "math/bce.h"
 #include "math/cross_entropy.h"
+#include "math/distribution_focal.h"
 #include "math/pairwise.h"
 #include "math/quality_focal.h"
 #include "math/varifocal.h"
@@ -16,6 +17,8 @@
 
 #include "cpu/elementwise.h"
 #include "cpu/softmax.h"
+
+#include "cpu/distribution_focal.h"
 #include "cpu/pairwise.h"
 
 template <class S>

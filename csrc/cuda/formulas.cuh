@@ -50,6 +50,7 @@ FL_FN double magnitude(double x) { return ::fabs(x); }
 
 #include "math/bce.h"
 #include "math/cross_entropy.h"
+#include "math/distribution_focal.h"
 #include "math/quality_focal.h"
 #include "math/varifocal.h"
 

@@ -237,4 +237,51 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   return {args, target, upstream_rows, value};
 }
 
+DistributionCall distribution_call(const Tensor& logits, const Tensor& target, const DistributionOptions& options,
+                                   const Tensor* upstream, Tensor* grad) {
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.dim() <= kMaxDims, "input has ", logits.dim(),
+                  " dimensions; expected 1 to ", kMaxDims);
+  const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
+  const int64_t dim = class_dim(logits), classes = logits.size(dim);
+  STD_TORCH_CHECK(classes > 0, "input has no bins: dimension ", dim, " has size 0");
+  const DType dtype = dtype_of(logits, "input"), compute = dtype == DType::f64 ? DType::f64 : DType::f32;
+
+  DistributionCall call{{}, torch::stable::contiguous(target), {}, {}, {}};
+  SoftmaxArgs& rows = call.args.rows;
+  rows.dtype = dtype;
+  rows.classes = classes;
+  rows.positions = logits.numel() / classes;
+  rows.logits = logits.data_ptr();
+  rows.logits_class_stride = classes == 1 ? 1 : logits.stride(dim);
+  rows.grad_scale = 1;
+  const auto each = [&](const Tensor& tensor, DType wanted, const char* name) {
+    STD_TORCH_CHECK(tensor.numel() == rows.positions && dtype_of(tensor, name) == wanted, name,
+                    " must have an element for each of ", rows.positions, " positions, of the right dtype");
+    return torch::stable::contiguous(tensor);
+  };
+  call.target = each(target, compute, "target");
+  call.args.target = call.target.data_ptr();
+  if (options.weight) {
+    call.weight = each(*options.weight, compute, "weight");
+    call.args.weight = call.weight->data_ptr();
+  }
+  if (upstream && none) {
+    call.upstream = each(*upstream, dtype, "upstream");
+    rows.upstream = call.upstream->data_ptr();
+  }
+  if (forward && none) {
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; d < logits.dim(); ++d)
+      if (d != dim) sizes.push_back(logits.size(d));
+    call.value = empty_contiguous(sizes, logits);
+    rows.value = call.value->data_ptr();
+  }
+  if (grad) {
+    rows.grad = grad->data_ptr();
+    rows.grad_class_stride = classes == 1 ? 1 : grad->stride(dim);
+  }
+  collapse(rows, logits, grad, nullptr);
+  return call;
+}
+
 }  // namespace fused_losses

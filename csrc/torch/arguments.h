@@ -50,4 +50,19 @@ struct SoftmaxCall {
 SoftmaxCall softmax_call(const Tensor& logits, const Tensor& target, const SoftmaxOptions& options,
                          const Tensor* upstream, Tensor* grad);
 
+struct DistributionOptions {
+  OptionalTensor weight;      // [positions]
+  OptionalTensor avg_factor;  // one double; the mean divides by the greater of it and 1
+  double divisor;             // the same as a number; 0: the mean's own
+  Reduction reduction;
+};
+
+struct DistributionCall {
+  DistributionArgs args;
+  Tensor target;
+  OptionalTensor weight, upstream, value;  // value for Reduction::none
+};
+DistributionCall distribution_call(const Tensor& logits, const Tensor& target, const DistributionOptions& options,
+                                   const Tensor* upstream, Tensor* grad);
+
 }  // namespace fused_losses
