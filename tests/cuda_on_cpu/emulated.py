@@ -24,6 +24,7 @@ _PLACES = [
     ("fused_losses.focal", "_ANCHORS", "sigmoid_focal_anchors"),
     ("fused_losses.detection.quality_focal", "_ANCHORS", "quality_focal_anchors"),
     ("fused_losses.detection.varifocal", "_ANCHORS", "varifocal_anchors"),
+    ("fused_losses.detection.distribution_focal", "_OPS", "distribution_focal"),
 ]
 
 
