@@ -95,7 +95,7 @@ class Copy:
 
     def __init__(self, device: str, cache: int):
         self.device = device
-        self.size = max(2**30 if device == "cuda" else 2**27, 4 * cache)
+        self.size = max(2**28 if device == "cuda" else 2**27, 4 * cache)
         self.source = torch.ones(self.size // 4, device=device)
         self.target = torch.zeros_like(self.source)
         self.samples: list[float] = []
@@ -275,14 +275,16 @@ def _peak_extra_bytes(spec: str, name: str, device: str, threads: int) -> int:
 
 
 class PeakMemory:
-    """Measures each peak in a process of its own, forked from one that has imported torch and run nothing."""
+    """Measures each peak in a process of its own: on a CPU forked from one that has imported torch and run nothing."""
 
     def __init__(self, device: str):
         self.device = device
         # With glibc's moving threshold, whether freed memory counts would depend on the sizes freed before.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "fused_losses"])
+        # CUDA does not survive a fork, and asking whether there is a device may start it.
+        context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+        if device == "cpu":
+            context.set_forkserver_preload(["torch", "fused_losses"])
         self.pool = ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
     def __call__(self, case: Case, name: str) -> int | None:
@@ -294,6 +296,8 @@ class PeakMemory:
             case.logits_bytes < 1e6 or not os.access("/proc/self/clear_refs", os.W_OK)
         ):
             return None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps for later is missing there
         return self.pool.submit(
             _peak_extra_bytes, case.spec, name, self.device, torch.get_num_threads()
         ).result()

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from report import busy
 
 COLOURS = {
     "fused": "#1b7f5c",
@@ -44,6 +45,7 @@ def _title(what: str, report: dict[str, Any]) -> str:
     return (
         f"{what}\n{environment['device_name']}, {environment['threads']} thread(s), "
         f"torch {environment['torch']}, {environment['date'][:10]}"
+        + (f"\n{busy(report)}" if busy(report) else "")
     )
 
 
@@ -103,12 +105,13 @@ def _speed_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str], basel
                 axes.plot([1, 1], [row + place - bar / 2, row + place + bar / 2], color=COLOURS[name], lw=4)
             text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
             axes.bar_label(bars, [text], padding=4, fontsize=8)
-    low, high = axes.get_xlim()
+    ratios = [row[baseline] for case in cases for row in case["speedup"].values() if baseline in row]
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(low, 0.8) / 1.15, max(high, 2) * 1.25)
+    axes.set_xlim(min(ratios, default=1) / 1.6, max([2, *ratios]) * 1.6)  # room for the labels
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_title(f"Speed of forward + backward, in times {baseline or 'nothing'}", fontsize=10)
+    what = "forward + backward" if all(case["differentiable"] for case in cases) else "forward"
+    axes.set_title(f"Speed of {what}, in times {baseline or 'nothing'}", fontsize=10)
     axes.set_xlabel("log axis; 1 is equally fast")
 
 
@@ -121,9 +124,10 @@ def _memory_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str]) -> N
                 bars = axes.barh(row + place, size, bar, color=COLOURS[name])
                 axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_xlim(0, max(axes.get_xlim()[1], 2) * 1.05)
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    if all(case["differentiable"] for case in cases):
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("dotted: the gradient alone")
     axes.set_title("Peak memory beyond the inputs, in sizes of the logits", fontsize=10)
-    axes.set_xlabel("dotted: the gradient alone")
 
 
 # -- curves ----------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def _sigmoid_focal(
         )
     others = {"targets": targets, "weight": weight, "pos_weight": pos_weight}
     options = (alpha_positive, alpha_negative, gamma)
-    if not _checks.reachable(inputs, *others.values()) or _checks.elementwise_problem(inputs, **others):
+    if not _checks.reachable(inputs, *others.values()) or not _checks.fits(inputs, **others):
         return reference.sigmoid_focal_loss(inputs, targets, weight, pos_weight, *options, reduction)
     stored = code != _checks.NONE and inputs.dtype != torch.float16
     return evaluate(

@@ -121,6 +121,7 @@ def test_diff(found: tuple[str, Path, dict[str, Any]]) -> None:
             implementation["both"] = {"low": 9e-6, "median": 1e-5, "high": 2e-5}
     (folder / "a.json").write_text(json.dumps(report))
     report["cases"][0]["implementations"]["fused"]["both"] = {"low": 9e-7, "median": 1e-6, "high": 2e-6}
+    report["cases"][0]["implementations"]["in place"]["both"] = {"low": 8e-6, "median": 9e-6, "high": 1e-5}
     report["cases"][1]["implementations"]["fused"]["both"] = {"low": 1e-5, "median": 2e-5, "high": 3e-5}
     report["cases"][2] |= {"case": "focal:N=9,C=3", "label": "sigmoid focal 9 x 3"}
     report["environment"]["threads"] = 2
@@ -299,6 +300,27 @@ assert all((a[0] == b[0]).all() for a, b in zip(call.sets, measure.input_sets(ca
 assert measure.last_level_cache("cpu") >= 2**18
 """
 
+# Events of a device that does nothing at once: what is tested is that we wait for it to have slept long enough.
+BACKLOG = """
+import time, torch
+
+class Event:
+    enough = 2**20
+    def __init__(self, enable_timing=False): pass
+    def record(self): self.at = time.perf_counter()
+    def query(self): return slept[-1] < self.enough
+    def elapsed_time(self, end): return 1e3 * (end.at - self.at)
+
+slept = []
+torch.cuda.Event, torch.cuda.synchronize, torch.cuda._sleep = Event, lambda: None, slept.append
+for enough, backlog, queued_ahead in ((2**20, 2**20, True), (2**40, 2**27, False)):
+    Event.enough = enough
+    call = measure.Call(Case.parse("ce:N=8,C=8"), "eager", *measure.input_sets(Case.parse("ce:N=8,C=8"), "cpu", 2**20))
+    spreads = measure.times({"eager": call}, "cuda", 2, 1e-3)
+    assert (call.backlog, call.queued_ahead) == (backlog, queued_ahead)
+    assert 0 < spreads["eager"]["forward"].median < spreads["eager"]["both"].median
+"""
+
 MEMORY = """
 from cases import Case
 from measure import PeakMemory
@@ -322,7 +344,7 @@ assert measure.error(value, exact[0]) < 1e-5
 
 @pytest.mark.parametrize(
     "program",
-    [PACKAGES + CUDA_ONLY + CALL_EACH, ROTATION + FORWARD_ONLY, MEMORY],
+    [PACKAGES + CUDA_ONLY + CALL_EACH, ROTATION + FORWARD_ONLY + BACKLOG, MEMORY],
     ids=["packages", "inputs", "memory"],
 )
 def test_parts(program: str) -> None:
