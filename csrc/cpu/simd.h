@@ -368,3 +368,37 @@ template <class V>
 FL_FN typename Lanes<V>::Scalar max_lanes(V v) {
   return fold_lanes<typename Lanes<V>::Scalar, Lanes<V>::count>(v, [](auto a, auto b) { return a < b ? b : a; });
 }
+
+// A square of vectors, its rows for its columns: the halves across the diagonal change places, then those of each half.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int step, bool high, class V, size_t... lane>
+FL_FN V exchange(V a, V b, std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane);
+  if constexpr (high)
+    return __builtin_shufflevector(a, b, (lane & step ? lanes + lane : lane + step)...);
+  else
+    return __builtin_shufflevector(a, b, (lane & step ? lanes + lane - step : lane)...);
+}
+template <class V, int step = Lanes<V>::count / 2>
+FL_FN void transpose(V (&square)[Lanes<V>::count]) {
+  if constexpr (step > 0) {
+    constexpr auto lane = std::make_index_sequence<Lanes<V>::count>();
+#pragma GCC unroll 16
+    for (int i = 0; i < Lanes<V>::count; ++i)
+      if (!(i & step)) {
+        const V a = square[i], b = square[i + step];
+        square[i] = exchange<step, false>(a, b, lane);
+        square[i + step] = exchange<step, true>(a, b, lane);
+      }
+    transpose<V, step / 2>(square);
+  }
+}
+#else
+template <class V>
+FL_FN void transpose(V (&square)[Lanes<V>::count]) {
+  V old[Lanes<V>::count];
+  __builtin_memcpy(old, square, sizeof old);
+  for (int i = 0; i < Lanes<V>::count; ++i)
+    for (int k = 0; k < Lanes<V>::count; ++k) square[i][k] = old[k][i];
+}
+#endif

@@ -4,9 +4,9 @@
 //   memory once: block by block, its maximum is found and its exponentials are summed and stored while the
 //   block sits in L1; a second sweep over the stored exponentials, now in L2, turns them into the gradient.
 //   Between the two stand the row's formulas, evaluated for a group of short rows at once.
-// softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes.
-//   For (N, C, d1, ...) logits the positions are contiguous and used where they lie; for short rows and for any
-//   other strides a group of positions is transposed into a tile first.
+// softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes. A group
+//   of positions is brought into a tile [C, group] and their gradient back, by copies where the positions are
+//   contiguous, as in (N, C, d1, ...) logits, and by transpositions where the classes are.
 //
 // Memory traffic of both: each logit in once, each gradient out once.
 //
@@ -385,40 +385,105 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
 
 // ---- columns --------------------------------------------------------------------------------------------------
 
-// Moves n positions' logits between strided memory and a tile [C, pitch]; offset[i] is position i's first logit.
-// `column` is room for the C logits of one position.
+// What reads and writes the memory of n positions, `step` apart where the next is as far as the one before, else 0.
 template <class T>
-FL_CALL void read_columns(DType dtype, const void* data, const int64_t* offset, bool contiguous, int64_t class_stride,
-                          int64_t classes, int64_t n, T* tile, int64_t pitch, T* column) {
-  if (contiguous) {
-    for (int64_t c = 0; c < classes; ++c) {
-      T* to = tile + c * pitch;
-      const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
-      if (run != to) read_run(run, 1, n, to);
-      for (int64_t i = n; i < pitch; ++i) to[i] = 0;
+struct Columns {
+  using V = typename VectorOf<T>::V;
+  static constexpr int lanes = Lanes<V>::count;
+  DType dtype;
+  const int64_t* offset;  // [n] of each position's first logit
+  int64_t step, class_stride, classes, n, pitch;
+  T* column;  // room for the logits of one position
+
+  // Whether a loop may as well read and write the memory as a tile.
+  bool lies_as_tile() const { return step == 1 && dtype == compute_dtype<T> && n == pitch; }
+
+  // To a tile [C, pitch].
+  __attribute__((noinline)) void read(const void* data, T* tile) const {
+    if (step == 1) {
+      for (int64_t c = 0; c < classes; ++c) {
+        T* to = tile + c * pitch;
+        const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
+        if (run != to)
+          for (int64_t i = 0; i < n; i += lanes) move(run + i, to + i, n - i);
+      }
+    } else if (rows()) {
+      const T* from = static_cast<const T*>(data);
+      for (int64_t i = 0; i < n; i += lanes) transpose_in(from, i, tile + i);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const T* from = stage_run(dtype, data, offset[i], class_stride, classes, column);
+        for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = from[c];
+      }
     }
-    return;
+    for (int64_t c = 0; n < pitch && c < classes; ++c)
+      for (int64_t i = n; i < pitch; ++i) tile[c * pitch + i] = 0;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const T* from = stage_run(dtype, data, offset[i], class_stride, classes, column);
-    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = from[c];
+  // From it.
+  __attribute__((noinline)) void write(void* data, const T* tile) const {
+    if (step == 1) {
+      for (int64_t c = 0; c < classes; ++c) {
+        const T* run = tile + c * pitch;
+        T* to = static_cast<T*>(data) + offset[0] + c * class_stride;
+        if (dtype == compute_dtype<T>)
+          for (int64_t i = 0; i < n; i += lanes) move(run + i, to + i, n - i);
+        else
+          unstage_run(dtype, data, offset[0] + c * class_stride, 1, n, run);
+      }
+    } else if (rows()) {
+      T* to = static_cast<T*>(data);
+      for (int64_t i = 0; i < n; i += lanes) transpose_out(tile + i, i, to);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
+        unstage_run(dtype, data, offset[i], class_stride, classes, column);
+      }
+    }
   }
-  for (int64_t i = n; i < pitch; ++i)
-    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = 0;
-}
-template <class T>
-FL_CALL void write_columns(DType dtype, void* data, const int64_t* offset, bool contiguous, int64_t class_stride,
-                           int64_t classes, int64_t n, const T* tile, int64_t pitch, T* column) {
-  if (contiguous) {
-    for (int64_t c = 0; c < classes; ++c)
-      unstage_run(dtype, data, offset[0] + c * class_stride, 1, n, tile + c * pitch);
-    return;
+
+ private:
+  bool rows() const { return class_stride == 1 && dtype == compute_dtype<T>; }
+  FL_FN void move(const T* from, T* to, int64_t left) {
+    if (left >= lanes)
+      store(to, load(from));
+    else
+      store_part(to, left, load_part<V>(from, left, 0));
   }
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
-    unstage_run(dtype, data, offset[i], class_stride, classes, column);
+  // Squares of lanes x lanes, in registers.
+  FL_INLINE void transpose_in(const T* from, int64_t i, T* tile) const {
+    for (int64_t c = 0; c < classes; c += lanes) {
+      const int64_t width = classes - c < lanes ? classes - c : lanes;
+      V square[lanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) {
+        const T* row = from + offset[i + k < n ? i + k : n - 1] + c;
+        square[k] = width == lanes ? load(row) : load_part<V>(row, width, 0);
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k)
+        if (k < width) store(tile + (c + k) * pitch, square[k]);
+    }
   }
-}
+  FL_INLINE void transpose_out(const T* tile, int64_t i, T* to) const {
+    for (int64_t c = 0; c < classes; c += lanes) {
+      const int64_t width = classes - c < lanes ? classes - c : lanes;
+      V square[lanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) square[k] = k < width ? load(tile + (c + k) * pitch) : V{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) {
+        if (i + k >= n) break;
+        T* row = to + offset[i + k] + c;
+        if (width == lanes)
+          store(row, square[k]);
+        else
+          store_part(row, width, square[k]);
+      }
+    }
+  }
+};
 
 // A sum of many terms in T: short runs, added up with Kahan's compensation.
 template <class V>
@@ -443,10 +508,11 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 
   const DType dtype = a.dtype;
   const int64_t classes = a.classes, last = a.ndim - 1;
-  const bool direct = dtype == compute_dtype<T>;
   const auto room = [](bool wanted, int64_t size) { return std::unique_ptr<T[]>(wanted ? new T[size] : nullptr); };
-  const auto logits_tile = room(true, classes * group), grad_tile = room(want_grad, classes * group),
-             target_tile = room(a.probability, classes * group), column = room(true, classes);
+  // The logits go through a tile even where they lie as the loop wants them: in images whose size is a power of two,
+  // the classes of one position compete for the same few lines of every cache.
+  const auto tile = room(true, classes * group), target_tile = room(a.probability, classes * group),
+             column = room(true, classes);
   const DenseTarget<T> target{nullptr, static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
   const T* weight = static_cast<const T*>(a.weight);
@@ -467,69 +533,72 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       cursor.advance(run);
       i += run;
     }
-
-    const auto tile_of = [&](const void* data, const int64_t* offset, int64_t stride, int64_t class_stride, T* tile,
-                             int64_t& pitch) -> const T* {
-      const bool contiguous = one_run && stride == 1;
-      pitch = class_stride;
-      if (contiguous && direct && n == group) return static_cast<const T*>(data) + offset[0];
-      read_columns(dtype, data, offset, contiguous, class_stride, classes, n, tile, group, column.get());
-      pitch = group;
-      return tile;
+    const auto columns = [&](const int64_t* offset, int64_t stride, int64_t class_stride) {
+      return Columns<T>{dtype, offset, one_run ? stride : 0, class_stride, classes, n, group, column.get()};
     };
-    int64_t x_pitch, t_pitch = 0, e_pitch = group;
-    const T* x =
-        tile_of(a.logits, logits_offset, a.logits_stride[last], a.logits_class_stride, logits_tile.get(), x_pitch);
-    const T* t = nullptr;
+    const auto logits = columns(logits_offset, a.logits_stride[last], a.logits_class_stride),
+               grad = columns(grad_offset, a.grad_stride[last], a.grad_class_stride);
+    T* x = tile.get();  // [C, group] logits, exponentials, gradient
+    const T* t = target_tile.get();
+
+    V highest[vectors];
+#pragma GCC unroll 4
+    for (V& vector : highest) vector = broadcast<V>(lowest<T>);
+    const bool direct = logits.lies_as_tile();
+    if (!direct) logits.read(a.logits, x);
+    const T* from = direct ? static_cast<const T*>(a.logits) + logits_offset[0] : x;
+    const int64_t from_pitch = direct ? a.logits_class_stride : group;
+    for (int64_t c = 0; c < classes; ++c)
+#pragma GCC unroll 4
+      for (int u = 0; u < vectors; ++u) {
+        const V logit = load(from + c * from_pitch + u * lanes);
+        if (direct) store(x + c * group + u * lanes, logit);
+        highest[u] = at_least(logit, highest[u]);
+      }
     if (dense && a.probability)
-      t = tile_of(a.probability, probability_offset, a.probability_stride[last], a.probability_class_stride,
-                  target_tile.get(), t_pitch);
-    T* e = grad_tile.get();  // [C, group] exponentials, then the gradient
-    const bool grad_contiguous = one_run && a.grad_stride[last] == 1;
-    const bool grad_in_place = want_grad && grad_contiguous && direct && n == group;
-    if (grad_in_place) {
-      e = static_cast<T*>(a.grad) + grad_offset[0];
-      e_pitch = a.grad_class_stride;
-    }
+      columns(probability_offset, a.probability_stride[last], a.probability_class_stride)
+          .read(a.probability, target_tile.get());
 
     // Targets and weights, a lane a position. A lane past the end counts as ignored.
     T index_lane[group], weight_lane[group], upstream_lane[group];
-    for (int64_t i = 0; i < group; ++i) {
-      const int64_t y = i < n && a.index ? a.index[p + i] : -1;
-      const bool live = i < n && !(a.index && y == a.ignore_index);
-      index_lane[i] = bits<T>(static_cast<Lane>(live ? (a.index ? y : -1) : -2));
-      weight_lane[i] = a.index && live ? (weight ? weight[y] : T{1}) : T{0};
-      upstream_lane[i] =
-          static_cast<T>(a.grad_scale * (i < n && a.upstream ? load_scalar<T>(dtype, a.upstream, p + i) : 1));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t y = a.index ? a.index[p + i] : -1;
+      index_lane[i] = bits<T>(static_cast<Lane>(a.index && y == a.ignore_index ? -2 : y));
     }
+    for (int64_t i = n; i < group; ++i) index_lane[i] = bits<T>(static_cast<Lane>(-2));
+    if (weight)
+      for (int64_t i = 0; i < group; ++i) {
+        const Lane y = bits<Lane>(index_lane[i]);
+        weight_lane[i] = y >= 0 ? weight[y] : T{0};
+      }
+    if (a.upstream)
+      for (int64_t i = 0; i < group; ++i)
+        upstream_lane[i] = i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(dtype, a.upstream, p + i)) : T{0};
 
-    V highest[vectors];
+    const bool in_place = want_grad && grad.lies_as_tile();
+    T* to = in_place ? static_cast<T*>(a.grad) + grad_offset[0] : x;
+    const int64_t to_pitch = in_place ? a.grad_class_stride : group;
     I y[vectors];
-#pragma GCC unroll 4
-    for (int u = 0; u < vectors; ++u) {
-      highest[u] = broadcast<V>(lowest<T>);
-      y[u] = bits<I>(load(index_lane + u * lanes));
-    }
-    for (int64_t c = 0; c < classes; ++c)
-#pragma GCC unroll 4
-      for (int u = 0; u < vectors; ++u) highest[u] = at_least(load(x + c * x_pitch + u * lanes), highest[u]);
-
     LongSum<V> rest[vectors], q_sum[vectors], q_distance[vectors];
     V target_distance[vectors] = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; ++u) y[u] = bits<I>(load(index_lane + u * lanes));
     for (int64_t c = 0; c < classes; ++c) {
       const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
       for (int u = 0; u < vectors; ++u) {
-        const V distance = highest[u] - load(x + c * x_pitch + u * lanes);
-        const V term = exp_term(-distance);
+        // Short runs far apart: no processor sees them coming. The next logits, and where this gradient will go.
+        if (direct) __builtin_prefetch(from + c * from_pitch + u * lanes + group);
+        if (in_place) __builtin_prefetch(to + c * to_pitch + u * lanes, 1);
+        const V distance = load(x + c * group + u * lanes) - highest[u], term = exp_term(distance);
         const I is_target = y[u] == I{} + static_cast<Lane>(c);
-        if constexpr (want_grad) store(e + c * e_pitch + u * lanes, term);
+        if constexpr (want_grad) store(x + c * group + u * lanes, term);
         rest[u].add(select<V>(is_target, V{}, term));
         target_distance[u] = select<V>(is_target, distance, target_distance[u]);
         if constexpr (dense) {
-          const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+          const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
           q_sum[u].add(q);
-          q_distance[u].add(q * distance);
+          q_distance[u].add(-q * distance);
         }
       }
       if (c % 4 == 3 || c + 1 == classes) {
@@ -550,8 +619,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
     for (int u = 0; u < vectors; ++u) {
       live[u] = y[u] != I{} - static_cast<Lane>(2);
       const I indexed = y[u] >= 0;
-      const RowSums<V> sums{target_distance[u], select<V>(indexed, exp_term(-target_distance[u]), V{}), rest[u].total};
-      const V row_weight = load(weight_lane + u * lanes);
+      const RowSums<V> sums{-target_distance[u], select<V>(indexed, exp_term(target_distance[u]), V{}), rest[u].total};
+      const V row_weight = weight ? load(weight_lane + u * lanes) : broadcast<V>(1);
       RowLoss<V> loss{};
       if (a.index)
         loss = a.gamma > 0 ? softmax_focal_row(sums, row_weight, a.gamma)
@@ -568,7 +637,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         if (left > 0) unstage_run(dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
       }
       if constexpr (want_grad) {
-        scale[u] = load(upstream_lane + u * lanes);
+        scale[u] = a.upstream ? load(upstream_lane + u * lanes) : broadcast<V>(static_cast<T>(a.grad_scale));
         const V q_total = dense ? q_sum[u].total : V{};
         at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
         if constexpr (dense) {
@@ -587,22 +656,19 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
         for (int u = 0; u < vectors; ++u) {
-          const V term = load(e + c * e_pitch + u * lanes);
-          V grad = term * softmax[u];
-          V at_this = at_target[u];
+          const V term = load(x + c * group + u * lanes);
+          V gradient = term * softmax[u], at_this = at_target[u];
           if constexpr (dense) {
-            const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+            const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
             const V small = term * softmax_low[u] - scale[u] * q;
-            grad = term * softmax[u] + small;
+            gradient = term * softmax[u] + small;
             at_this -= scale[u] * q;
           }
-          grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_this, grad);
-          store(e + c * e_pitch + u * lanes, select<V>(live[u], grad, V{}));
+          gradient = select<V>(y[u] == I{} + static_cast<Lane>(c), at_this, gradient);
+          store(to + c * to_pitch + u * lanes, select<V>(live[u], gradient, V{}));
         }
       }
-      if (!grad_in_place)
-        write_columns(dtype, a.grad, grad_offset, grad_contiguous, a.grad_class_stride, classes, n, e, e_pitch,
-                      column.get());
+      if (!in_place) grad.write(a.grad, x);
     }
   }
   return total;
