@@ -186,9 +186,10 @@ FL_CALL void add_terms(RowGroup<S>& rows, int64_t b, int64_t n, const DenseTarge
 
     const int64_t next = n * rows.count;
     const auto sum_up = [&](auto holds_target) {
-      const auto add = [&](V term, int64_t j) {
-        if constexpr (holds_target.value)
-          term = select<V>(lane_numbers<V>() == I{} + static_cast<Lane>(own - j), V{}, term);
+      I ahead = lane_numbers<V>() - static_cast<Lane>(holds_target.value ? own : 0);
+      const auto add = [&](V term) {
+        if constexpr (holds_target.value) term = select<V>(ahead == 0, V{}, term);
+        ahead += lanes;
         sum += term;
       };
       for (int64_t j = 0; j < n;) {
@@ -198,7 +199,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int64_t b, int64_t n, const DenseTarge
           __builtin_prefetch(x + j + next);
           const V distance = load(x + j) - top, term = term_of<S>(distance);
           if constexpr (keep) store(e + j, term);
-          add(term, j);
+          add(term);
           if constexpr (dense == Dense::uniform) sum_q_distance -= distance;
           if constexpr (dense == Dense::any) {
             const V q = target.whole(b + j, t ? t + j : nullptr);
@@ -210,7 +211,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int64_t b, int64_t n, const DenseTarge
           const V distance = load_part<V>(x + j, left, -static_cast<T>(__builtin_inf())) - top;
           const V term = term_of<S>(distance);
           if constexpr (keep) store_part(e + j, left, term);
-          add(term, j);
+          add(term);
           if constexpr (dense != Dense::none) {
             const V q = dense == Dense::uniform ? broadcast<V>(1) : target.part(b + j, t ? t + j : nullptr, left);
             sum_q += q;
