@@ -86,8 +86,9 @@ struct Tile {
 
 // n elements, n a multiple of the lanes. Returns the sum of the values.
 template <class Loss, bool want_value, bool want_grad, class T>
-FL_CALL double tile_loop(const Tile<T>& tile, int64_t n, T grad_scale, const ElementwiseParams<T>& params) {
+FL_CALL double tile_loop(const Tile<T>& operands, int64_t n, T grad_scale, const ElementwiseParams<T>& params) {
   using V = typename VectorOf<T>::V;
+  const Tile<T> tile = operands;  // a copy: what the loop stores cannot change it
   constexpr int lanes = Lanes<V>::count;
   vd total{};
   V partial{};
