@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import plain
 import pytest
+import test_pairwise
 import torch
 import torch.nn.functional as torch_functional
 from accuracy import arrange, assert_accurate, draw
@@ -20,6 +22,8 @@ from cuda_on_cpu.emulated import emulated
 from torch import Tensor
 
 import fused_losses.functional as F
+from fused_losses import IndexTarget
+from fused_losses.detection import pairwise_bce_cost
 
 ROOT = Path(__file__).parents[1]
 SANITIZED = "FUSED_LOSSES_SIMT_SANITIZED"  # set in the child process that runs under AddressSanitizer
@@ -207,6 +211,32 @@ def test_in_place(shape: tuple[int, ...], device: str) -> None:
     torch.testing.assert_close(leaf.grad, other.grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("product", [False, True], ids=["sigmoid", "product"])
+@pytest.mark.parametrize("kind", ["ordinary", "confident", "extreme"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 31), (9, 70, 80), (3, 40, 33)])
+def test_pairwise_cost(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, product: bool) -> None:
+    logits, gt_classes, objectness = test_pairwise.draw(shape, dtype, kind)
+    test_pairwise.check(logits, gt_classes, objectness if product else None)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "misaligned", "sliced", "stepped"])
+def test_pairwise_cost_layouts(layout: str) -> None:
+    logits, gt_classes, objectness = test_pairwise.draw((5, 70, 20), torch.bfloat16)
+    expected = pairwise_bce_cost(logits, gt_classes, objectness)
+    head = torch.cat([logits, objectness.unsqueeze(1)], 1)
+    assert torch.equal(pairwise_bce_cost(arrange(logits, layout), gt_classes, head[:, -1:]), expected)
+
+
+def test_pairwise_cost_edges() -> None:
+    for truths, anchors in ((0, 5), (4, 0)):
+        cost = pairwise_bce_cost(torch.empty(anchors, 3), torch.zeros(truths, dtype=torch.long))
+        assert cost.shape == (truths, anchors)
+    for wrong in (-1, 3):
+        with pytest.raises(RuntimeError, match=f"target {wrong} is out of bounds: input has 3 classes"):
+            pairwise_bce_cost(torch.zeros(5, 3), torch.tensor([0, wrong]))
+
+
 def test_empty_input() -> None:
     logits = torch.empty(0, 5).requires_grad_()
     target = torch.empty(0, dtype=torch.long)
@@ -247,6 +277,152 @@ def test_the_same_bits_in_any_order_of_threads(device: str) -> None:
         assert torch.equal(gradient, runs[0][1])
 
 
+def detection_losses() -> list[Any]:
+    return [
+        F.binary_cross_entropy_with_logits,
+        F.sigmoid_focal_loss,
+        F.quality_focal_loss,
+        F.varifocal_loss,
+    ]
+
+
+def in_plain_torch(loss: Any, logits: Tensor, target: IndexTarget, **options: Any) -> tuple[Tensor, Tensor]:
+    """Value and gradient in fp64 by reference.py, where a functorch transformation sends the call."""
+    wide = {key: o.double() if isinstance(o, Tensor) else o for key, o in options.items()}
+    scores = None if target.scores is None else target.scores.double()
+    exact = dataclasses.replace(target, scores=scores)
+    gradient, value = torch.func.grad_and_value(lambda x: loss(x, exact, **wide).sum())(logits.double())
+    return value, gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "class_dim", "layout"),
+    [
+        ((33, 17), -1, "contiguous"),
+        ((33, 80), -1, "contiguous"),
+        ((33, 80), -1, "misaligned"),
+        ((5, 9, 20), -1, "sliced"),
+        ((3, 17, 95), 1, "contiguous"),
+        ((3, 16, 4, 8), 1, "contiguous"),
+        ((3, 16, 4, 8), 1, "stepped"),
+        ((7,), 0, "contiguous"),
+        ((40, 1), -1, "contiguous"),
+    ],
+)
+def test_index_targets(shape: tuple[int, ...], class_dim: int, layout: str, dtype: torch.dtype) -> None:
+    dim = class_dim % len(shape)
+    anchors, classes = shape[:dim] + shape[dim + 1 :], shape[dim]
+    labels = torch.randint(-2, classes + 1, anchors)
+    scores = torch.rand(anchors).bfloat16().double().clamp(0.01).to(dtype)
+    logits = arrange((torch.randn(shape, dtype=torch.float64) * 2).to(dtype), layout)
+    weight = (torch.rand(anchors) + 0.1).bfloat16().to(dtype)
+    targets = [
+        IndexTarget(labels),
+        IndexTarget(labels, scores),
+        IndexTarget(labels, positive=0.9, negative=0.05),
+    ]
+    for loss in detection_losses():
+        for target, options in (
+            (targets[0], {"reduction": "mean"}),
+            (targets[1], {"reduction": "mean", "avg_factor": torch.tensor(3.5), "weight": weight}),
+            (targets[1], {"reduction": "sum"}),
+            (targets[2], {"reduction": "none"}),
+            (targets[2], {"reduction": "mean", "avg_factor": 0}),
+        ):
+            leaf = logits.detach().requires_grad_()
+            value = loss(leaf, target, class_dim=class_dim, **options).sum()
+            (gradient,) = torch.autograd.grad(value, leaf)
+            expected = in_plain_torch(loss, logits, target, class_dim=class_dim, **options)
+            tolerance = 16 * torch.finfo(dtype).eps
+            torch.testing.assert_close(value.double(), expected[0], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(gradient.double(), expected[1], rtol=tolerance, atol=tolerance)
+            ignored = (labels == -2).unsqueeze(dim).expand(shape)
+            assert (gradient[ignored] == 0).all()
+
+
+def test_ignored_anchors_and_nobody() -> None:
+    labels = torch.tensor([-2, 1, -2])
+    logits = torch.tensor([[math.nan, math.inf], [0.5, -1.0], [-math.inf, math.nan]]).requires_grad_()
+    for loss in detection_losses():
+        value = loss(logits, IndexTarget(labels), reduction="mean")
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert value.isfinite()
+        assert (gradient[[0, 2]] == 0).all()
+        all_ignored = IndexTarget(torch.full((3,), -2))
+        assert loss(logits, all_ignored, reduction="mean").isnan()
+        assert loss(logits, all_ignored, reduction="mean", avg_factor=torch.tensor(0)) == 0
+
+
+def test_many_labels_and_a_class_of_its_own_weight() -> None:
+    """More labels than one block counts, per-class alpha, probabilities from the same read."""
+    labels = torch.randint(-2, 4, (5003,))
+    logits, alpha = torch.randn(5003, 3), torch.rand(3)
+    options = {"alpha": alpha, "pos_weight": alpha + 1, "reduction": "mean"}
+    leaf = logits.clone().requires_grad_()
+    value, probabilities = F.sigmoid_focal_loss(
+        leaf, IndexTarget(labels), return_probabilities=True, **options
+    )
+    value.backward()
+    expected = in_plain_torch(F.sigmoid_focal_loss, logits, IndexTarget(labels), **options)
+    torch.testing.assert_close(value.double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad.double(), expected[1], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(probabilities, torch.sigmoid(logits))
+
+
+@pytest.mark.parametrize("label", [-3, 4, 2**40])
+def test_a_label_out_of_range_stops_the_kernel(label: int) -> None:
+    labels = torch.zeros(300, dtype=torch.long)
+    labels[-2] = label
+    with pytest.raises(RuntimeError, match=f"target {label} is out of bounds: input has 3 classes"):
+        F.sigmoid_focal_loss(torch.randn(300, 3), IndexTarget(labels))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+def test_quality_focal_and_varifocal(gamma: float) -> None:
+    logits, target = torch.randn(65, 33) * 3, torch.rand(65, 33)
+    target[target < 0.5] = 0
+    for ours, theirs, options in (
+        (F.quality_focal_loss, plain.quality_focal_loss, {"beta": gamma}),
+        (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma}),
+        (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma, "detach_weight": True}),
+    ):
+        assert_accurate(ours, theirs, logits, cancels=True, value_cancels=True, target=target, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "stepped"])
+@pytest.mark.parametrize("shape", [(300, 16), (33, 17), (9, 4, 16), (5, 100), (7, 1)])
+def test_distribution_focal(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    target = (torch.rand(shape[:-1]) * (shape[-1] - 1)).bfloat16().to(dtype)
+    target.view(-1)[0] = shape[-1] - 1
+    logits = arrange((torch.randn(shape, dtype=torch.float64) * 2).to(dtype), layout)
+    weight = torch.rand(shape[:-1]).bfloat16().to(dtype)
+    for reduction in ("mean", "none"):
+        assert_accurate(
+            F.distribution_focal_loss,
+            plain.distribution_focal_loss,
+            logits,
+            cancels=True,
+            value_cancels=True,
+            target=target,
+            weight=weight,
+            reduction=reduction,
+        )
+    leaf = logits.detach().requires_grad_()
+    by_factor = F.distribution_focal_loss(leaf, target, avg_factor=torch.tensor(2.5))
+    total = F.distribution_focal_loss(leaf, target, reduction="sum")
+    torch.testing.assert_close(by_factor, total / 2.5, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [15.5, -0.5, math.nan])
+def test_a_bin_out_of_range_stops_the_kernel(wrong: float) -> None:
+    target = torch.rand(300)
+    target[-2] = wrong
+    with pytest.raises(RuntimeError, match="out of bounds: input has 16 classes"):
+        F.distribution_focal_loss(torch.randn(300, 16), target)
+
+
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the child")
 def test_under_sanitizers() -> None:
     """Shared memory and tensors end where they end; no misaligned access, no undefined arithmetic."""
@@ -260,7 +436,7 @@ def test_under_sanitizers() -> None:
         pytest.skip(f"{build.compiler()} has no AddressSanitizer")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {SANITIZED: "1", "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
-    chosen = "layouts and (5-index or 1030) or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3"
+    chosen = "layouts and (5-index or 1030) or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3 or cost_layouts or edges"
     command = [
         sys.executable,
         "-m",

@@ -23,6 +23,7 @@ EXACT: dict[str, Callable[..., mpmath.mpf]] = {
     "log": mpmath.log,
     "log1p": mpmath.log1p,
     "log1p_unit": mpmath.log1p,
+    "odds": lambda e: mpmath.mpf(e) / (1 + mpmath.mpf(e)),
     "sqrt": mpmath.sqrt,
 }
 
@@ -39,6 +40,8 @@ BOUNDS = [
     ("log1p", np.float64, 1.0),
     ("log1p_unit", np.float32, 1.5),
     ("log1p_unit", np.float64, 1.0),
+    ("odds", np.float32, 1.5),
+    ("odds", np.float64, 1.5),
     ("sqrt", np.float32, 0.5),
     ("sqrt", np.float64, 0.5),
 ]
@@ -64,7 +67,7 @@ def points(name: str, dtype: type[np.floating]) -> Array:
                 [0, -0.0],
             ]
         )
-    elif name == "log1p_unit":
+    elif name in ("log1p_unit", "odds"):
         x = np.concatenate([random.uniform(0, 1, 3000), 10.0 ** random.uniform(-30, 0, 1000), [0, 1, 0.5]])
     elif name == "log1p":
         x = np.concatenate(
