@@ -68,20 +68,22 @@ def _machine(report: dict[str, Any]) -> str:
     environment = report["environment"]
     if environment["device"] == "cuda":
         return str(environment["device_name"])
-    return f"{environment['device_name']}, {environment['fused_losses_cpu_level']}, {environment['threads']} threads"
+    threads = environment["threads"]
+    plural = "s" if threads > 1 else ""
+    return f"{environment['device_name']}, {environment['fused_losses_cpu_level']}, {threads} thread{plural}"
 
 
 def _conditions(report: dict[str, Any], folder: str) -> str:
     environment = report["environment"]
     text = (
         f"Forward + backward on {environment['date'][:10]}, torch {environment['torch']}, "
-        f"medians of {report['rounds']} interleaved rounds; a large copy moves "
+        f"medians of {report['rounds']} {'short ' if report['quick'] else ''}interleaved rounds; a large copy moves "
         f"{report['copy_bytes_per_second']['median'] / 1e9:.0f} GB/s. *of copy* is in place's share of it, counting the "
         "logits read once and the gradient written once; *memory* is the peak beyond the inputs, "
         f"{' / '.join([*report['baselines'][:1], *OURS])}. Everything measured, and a picture a suite, is in "
         f"[{folder}]({folder})."
     )
-    return text + (f" **{busy(environment)}**" if busy(environment) else "")
+    return text + (f" **{busy(report)}**" if busy(report) else "")
 
 
 def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
@@ -100,10 +102,13 @@ def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
         case["label"],
         *map(time, baselines),
         time("fused"),
-        *(f"**{ratios[name]:.1f}**" if name in ratios else "" for name in baselines),
+        *(
+            f"**{ratios[name]:.{1 if ratios[name] < 100 else 0}f}**" if name in ratios else ""
+            for name in baselines
+        ),
         time("in place"),
         f"{in_place['bytes_per_second'] / copy:.0%}" if in_place else "",
-        " / ".join(map(memory, [*baselines[:1], *OURS])) + " MB" if case["logits_bytes"] >= 1e6 else "",
+        " / ".join(map(memory, [*baselines[:1], *OURS])) + " MB" if found["fused"]["extra_bytes"] else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -119,7 +124,7 @@ def _means(report: dict[str, Any], baselines: list[str]) -> str:
         f"{suite} {ratios(suite, 'fused')}" for suite in report["geometric_mean"] if suite != "all"
     )
     return (
-        f"Geometric means of the speed: {ratios('all', 'fused')}; in place {ratios('all', 'in place')}. "
+        f"Geometric means over the losses: {ratios('all', 'fused')}; in place {ratios('all', 'in place')}. "
         f"By suite: {suites}."
     )
 

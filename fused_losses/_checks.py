@@ -230,6 +230,14 @@ def elementwise_problem(input: Tensor, **others: Tensor | None) -> str | None:
     return None
 
 
+def fits(input: Tensor, **others: Tensor | None) -> bool:
+    """Whether an element-wise kernel takes this call; if not, the log says why."""
+    problem = elementwise_problem(input, **others)
+    if problem is not None:
+        log_fall_back(problem)
+    return problem is None
+
+
 def index_problem(input: Tensor, target: Tensor) -> str | None:
     """What is wrong with logits and class indices, in words for the user."""
     shape = tuple(input.shape)

@@ -31,6 +31,11 @@ FL_FN float log1p(float x) { return ::log1pf(x); }
 FL_FN double log1p(double x) { return ::log1p(x); }
 FL_FN float log1p_unit(float x) { return ::log1pf(x); }
 FL_FN double log1p_unit(double x) { return ::log1p(x); }
+template <class T>
+FL_FN T odds(T e) {  // e / (1 + e), and what 1 + e has lost
+  const T d = 1 + e, quotient = e / d;
+  return quotient - quotient * ((e - (d - 1)) / d);
+}
 FL_FN float power(float x, double y) { return ::powf(x, static_cast<float>(y)); }
 FL_FN double power(double x, double y) { return ::pow(x, y); }
 FL_FN float square_root(float x) { return ::sqrtf(x); }
@@ -40,9 +45,13 @@ FL_FN double magnitude(double x) { return ::fabs(x); }
 
 #include "math/sigmoid.h"
 
-#include "math/bce.h"
-#include "math/cross_entropy.h"
 #include "math/focal.h"
 #include "math/pairwise.h"
+
+#include "math/bce.h"
+#include "math/cross_entropy.h"
+#include "math/distribution_focal.h"
+#include "math/quality_focal.h"
+#include "math/varifocal.h"
 
 }  // namespace fused_losses::cuda

@@ -61,6 +61,8 @@ Tensor empty_doubles(int64_t count, const Tensor& like) {
   return empty_as({count}, {1}, aoti_torch_dtype_float64(), like);
 }
 
+Tensor empty_codes(int64_t count, const Tensor& like) { return empty_as({count}, {1}, aoti_torch_dtype_int32(), like); }
+
 static std::vector<int64_t> contiguous_strides(Sizes sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
