@@ -1,4 +1,4 @@
-"""The autograd Functions of `_autograd`, as torch.compile and torch.export can trace them.
+"""The autograd Functions of `_autograd`, as torch.compile can trace them.
 
 No lists, no look at the upstream gradient, nothing in place: the product with the upstream gradient is left to the
 compiler, which fuses it into what follows, and so is memory. Tensors and options are arguments of their own: what
