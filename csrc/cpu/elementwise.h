@@ -161,25 +161,25 @@ struct Tile {
   T *value, *grad, *probability;
   bool indexed;  // the target may hold ignored_bits
 
-  FL_INLINE Tile from(int64_t i) const {
+  // The tile from element i on, where it is known whether there are ignored anchors.
+  FL_INLINE Tile from(int64_t i, bool may_be_ignored) const {
     const auto later = [&](auto* p) { return p ? p + i : p; };
     return {later(input),    later(target), later(weight), later(pos_weight),  later(alpha),
-            later(upstream), later(value),  later(grad),   later(probability), indexed};
+            later(upstream), later(value),  later(grad),   later(probability), may_be_ignored};
   }
 };
 
-template <class V>
-FL_FN V probability_of(V x) {
-  const V far = sigmoid(x).far;
-  return select<V>(x >= 0, 1 - far, far);
-}
-
-// n elements, n a multiple of the lanes. Returns the sum of the values.
+// n elements, n a multiple of the lanes. Returns the sum of the values. The exponentials come first, in a loop of their
+// own: together the two chains are longer than what the processor looks ahead, and it would wait for most of the time.
 template <class Loss, bool want_value, bool want_grad, class T>
-FL_CALL double tile_loop(const Tile<T>& operands, int64_t n, T grad_scale, const ElementwiseParams<T>& params) {
+FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, const ElementwiseParams<T>& given_params) {
   using V = typename VectorOf<T>::V;
-  const Tile<T> tile = operands;  // a copy: what the loop stores cannot change it
   constexpr int lanes = Lanes<V>::count;
+  const Tile<T> tile = given_tile;  // copies, which no store in the loop can change
+  const ElementwiseParams<T> params = given_params;
+  alignas(64) T exponential[kTile];  // exp(-|x|)
+  if constexpr (Loss::on_logits)
+    for (int64_t i = 0; i < n; i += lanes) store(exponential + i, exp(-magnitude(load(tile.input + i))));
   vd total{};
   V partial{};
   int pending = 0;
@@ -191,7 +191,9 @@ FL_CALL double tile_loop(const Tile<T>& operands, int64_t n, T grad_scale, const
       weights.alpha_negative = 1 - weights.alpha_positive;
     }
     const V x = load(tile.input + i), t = load(tile.target + i);
-    ValueGrad<V> r = Loss::apply(x, t, weights, params);
+    Sigmoid<V> sigma{};
+    if constexpr (Loss::on_logits) sigma = sigmoid(x, load(exponential + i));
+    ValueGrad<V> r = Loss::apply(x, sigma, t, weights, params);
     if (tile.weight) {
       const V weight = load(tile.weight + i);
       r.value *= weight;
@@ -202,7 +204,7 @@ FL_CALL double tile_loop(const Tile<T>& operands, int64_t n, T grad_scale, const
       r.value = select<V>(ignored, V{}, r.value);
       r.grad = select<V>(ignored, V{}, r.grad);
     }
-    if (tile.probability) store(tile.probability + i, probability_of(x));
+    if (tile.probability) store(tile.probability + i, select<V>(x >= 0, 1 - sigma.far, sigma.far));
     if constexpr (want_grad) {
       r.grad *= grad_scale;
       if (tile.upstream) r.grad *= load(tile.upstream + i);
@@ -238,11 +240,11 @@ FL_CALL double indexed_tile(const Tile<T>& tile, const IndexTile<T>& index, int6
   int64_t done = 0;
   for (int k = 0; k < index.count && index.listed[k] * lanes < n;) {
     const int64_t from = index.listed[k] * lanes;
-    if (from > done) sum += loops.negative(tile.from(done), from - done, grad_scale, params);
+    if (from > done) sum += loops.negative(tile.from(done, false), from - done, grad_scale, params);
     for (done = from; k < index.count && index.listed[k] * lanes == done && done < n; ++k) done += lanes;
-    sum += loops.any(tile.from(from), done - from, grad_scale, params);
+    sum += loops.any(tile.from(from, true), done - from, grad_scale, params);
   }
-  if (done < n) sum += loops.negative(tile.from(done), n - done, grad_scale, params);
+  if (done < n) sum += loops.negative(tile.from(done, false), n - done, grad_scale, params);
   return sum;
 }
 

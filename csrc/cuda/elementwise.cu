@@ -149,7 +149,9 @@ __global__ void __launch_bounds__(kThreads)
       weights.alpha_positive = alpha;
       weights.alpha_negative = 1 - alpha;
     }
-    const ValueGrad<T> loss = Loss::apply(x, target.t, weights, params);
+    Sigmoid<T> sigma{};
+    if constexpr (Loss::on_logits) sigma = sigmoid(x);
+    const ValueGrad<T> loss = Loss::apply(x, sigma, target.t, weights, params);
     *grad = target.ignored ? T{0} : loss.grad * weight * scale * upstream;
     const T value = target.ignored ? T{0} : loss.value * weight;
     sum.add(value);

@@ -45,9 +45,9 @@ FL_FN Modulation<V> modulation(V u, V du, const Params& params) {
 // No pole and no difference. Most of a detector's elements are negatives, and cost a third of the general form.
 template <Focusing focusing>
 struct FocalNegative {
+  static constexpr bool on_logits = true;
   template <class V, class Params>
-  static FL_INLINE ValueGrad<V> apply(V x, V, ElementWeights<V> weights, const Params& params) {
-    const Sigmoid<V> sigma = sigmoid(x);
+  static FL_INLINE ValueGrad<V> apply(V x, Sigmoid<V> sigma, V, ElementWeights<V> weights, const Params& params) {
     const V near = 1 - sigma.far;
     const V s = select<V>(x >= 0, near, sigma.far), rest = select<V>(x >= 0, sigma.far, near);
     const V softplus = at_least(x, V{}) + sigma.log1p;
@@ -64,10 +64,10 @@ struct FocalNegative {
 //   grad  = a (u^g ce' + g u^(g-1) (1 - 2t) s (1 - s) ce)
 template <Focusing focusing>
 struct SigmoidFocal {
+  static constexpr bool on_logits = true;
   using Negative = FocalNegative<focusing>;
   template <class V, class Params>
-  static FL_INLINE ValueGrad<V> apply(V x, V t, ElementWeights<V> weights, const Params& params) {
-    const Sigmoid<V> sigma = sigmoid(x);
+  static FL_INLINE ValueGrad<V> apply(V x, Sigmoid<V> sigma, V t, ElementWeights<V> weights, const Params& params) {
     const ValueGrad<V> ce = sigmoid_cross_entropy(x, t, weights.pos_weight, sigma);
     const V negative = 1 - t;
     const V other = select<V>(x >= 0, negative, t), difference = negative - t;  // u where far is 0

@@ -6,10 +6,10 @@
 // For g below 1 and a soft t the derivative has no limit at s = t; 0 is taken there.
 template <Focusing focusing>
 struct QualityFocal {
+  static constexpr bool on_logits = true;
   using Negative = FocalNegative<focusing>;
   template <class V, class Params>
-  static FL_INLINE ValueGrad<V> apply(V x, V t, ElementWeights<V>, const Params& params) {
-    const Sigmoid<V> sigma = sigmoid(x);
+  static FL_INLINE ValueGrad<V> apply(V x, Sigmoid<V> sigma, V t, ElementWeights<V>, const Params& params) {
     const ValueGrad<V> ce = sigmoid_cross_entropy(x, t, broadcast<V>(1), sigma);
     const V difference = ce.grad, both = sigma.far - sigma.far * sigma.far;
     const V du = select<V>(difference > 0, both, select<V>(difference < 0, -both, V{}));

@@ -12,10 +12,14 @@ struct Sigmoid {
   V log1p;     // log(1 + exp(-|x|)), so softplus(x) = max(x, 0) + log1p
 };
 
+// With e = exp(-|x|), for who has it already.
+template <class V>
+FL_FN Sigmoid<V> sigmoid(V x, V e) {
+  return {odds(e), magnitude(x), log1p_unit(e)};
+}
 template <class V>
 FL_FN Sigmoid<V> sigmoid(V x) {
-  const V distance = magnitude(x), e = exp(-distance);
-  return {odds(e), distance, log1p_unit(e)};
+  return sigmoid(x, exp(-magnitude(x)));
 }
 
 // Binary cross entropy with a weight on the positives, (1 - t) softplus(x) + pw t softplus(-x), for a logit and a

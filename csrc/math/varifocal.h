@@ -5,12 +5,12 @@
 // alpha_positive is 1 or 0; with params.slope = 0 the weight a s^g is a constant to the gradient.
 template <Focusing focusing>
 struct Varifocal {
+  static constexpr bool on_logits = true;
   using Negative = FocalNegative<focusing>;
   template <class V, class Params>
-  static FL_INLINE ValueGrad<V> apply(V x, V t, ElementWeights<V> weights, const Params& params) {
-    const Sigmoid<V> sigma = sigmoid(x);
+  static FL_INLINE ValueGrad<V> apply(V x, Sigmoid<V> sigma, V t, ElementWeights<V> weights, const Params& params) {
     const ValueGrad<V> ce = sigmoid_cross_entropy(x, t, broadcast<V>(1), sigma);
-    const ValueGrad<V> negative = Negative::apply(x, t, weights, params);
+    const ValueGrad<V> negative = Negative::apply(x, sigma, t, weights, params);
     const V weight = weights.alpha_positive * t + (1 - weights.alpha_positive);
     return {select<V>(t > 0, weight * ce.value, negative.value), select<V>(t > 0, weight * ce.grad, negative.grad)};
   }
