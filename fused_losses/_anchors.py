@@ -116,13 +116,15 @@ def evaluate_anchors(
     stored = code != _checks.NONE and input.dtype != torch.float16
     if not return_probabilities:
         return evaluate(loss, inplace_backward, stored, input, tensors, options)
+    if torch.compiler.is_compiling():  # a traced op has its results and nothing beside them
+        return evaluate(loss, inplace_backward, stored, input, tensors, options), input.detach().sigmoid()
     probabilities = torch.empty_like(input.detach(), memory_format=torch.preserve_format)
     value = evaluate(_writing_to(loss, probabilities), inplace_backward, stored, input, tensors, options)
     return value, probabilities
 
 
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
-    forms = {
+    forms: dict[str, Any] = {
         name: partial(getattr(loss, name), probability=probabilities)
         for name in ("forward", "train", "train_")
     }

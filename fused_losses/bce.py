@@ -112,14 +112,13 @@ def binary_cross_entropy_with_logits(
             inplace_backward=inplace_backward,
             return_probabilities=return_probabilities,
         )
-    if _checks.plain(input, target, weight, pos_weight) and size_average is None and reduce is None:
+    ops = _checks.straight(_WITH_LOGITS, input, target, weight, pos_weight)
+    if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(
-                _WITH_LOGITS, inplace_backward, stored, input, (target, weight, pos_weight), options
-            )
+            return evaluate(ops, inplace_backward, stored, input, (target, weight, pos_weight), options)
         except Exception:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
@@ -175,12 +174,13 @@ def binary_cross_entropy(
         RuntimeError: an input outside [0, 1], and a target where torch objects to it.
         ValueError, RuntimeError, TypeError: elsewhere as torch's function.
     """
-    if _checks.plain(input, target, weight) and size_average is None and reduce is None:
+    ops = _checks.straight(_OPS, input, target, weight)
+    if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(_OPS, False, stored, input, (target, weight, None), options)
+            return evaluate(ops, False, stored, input, (target, weight, None), options)
         except Exception:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)

@@ -140,13 +140,14 @@ def _sigmoid_focal(
     reduction: str,
     inplace_backward: bool,
 ) -> Tensor:
-    if _checks.plain(inputs, targets, weight, pos_weight):
+    ops = _checks.straight(_SIGMOID, inputs, targets, weight, pos_weight)
+    if ops is not None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and inputs.dtype is not torch.float16
             tensors, focus = (targets, weight, pos_weight), (alpha_positive, alpha_negative, gamma, code)
-            return evaluate(_SIGMOID, inplace_backward, stored, inputs, tensors, focus)
+            return evaluate(ops, inplace_backward, stored, inputs, tensors, focus)
         except Exception:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
@@ -159,7 +160,9 @@ def _sigmoid_focal(
     others = {"targets": targets, "weight": weight, "pos_weight": pos_weight}
     options = (alpha_positive, alpha_negative, gamma)
     if not _checks.reachable(inputs, *others.values()) or not _checks.fits(inputs, **others):
-        return reference.sigmoid_focal_loss(inputs, targets, weight, pos_weight, *options, reduction)
+        return reference.sigmoid_focal_loss(
+            _checks.autocast(inputs), targets, weight, pos_weight, *options, reduction
+        )
     stored = code != _checks.NONE and inputs.dtype != torch.float16
     return evaluate(
         _SIGMOID, inplace_backward, stored, inputs, (targets, weight, pos_weight), (*options, code)
@@ -210,13 +213,14 @@ def softmax_focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, on a softmax.
     """
-    if alpha is None and _checks.plain(input, target):
+    ops = None if alpha is not None else _checks.straight(_SOFTMAX, input, target)
+    if ops is not None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (code, ignore_index, gamma)
-            return evaluate(_SOFTMAX, inplace_backward, stored, input, (target, None), options)
+            return evaluate(ops, inplace_backward, stored, input, (target, None), options)
         except Exception:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
@@ -235,7 +239,9 @@ def softmax_focal_loss(
         raise ValueError(problem)
     weight = alpha if isinstance(alpha, Tensor) else None
     if not _checks.reachable(input, target, weight):
-        return reference.softmax_focal_loss(input, target, alpha, gamma, ignore_index, reduction)
+        return reference.softmax_focal_loss(
+            _checks.autocast(input), target, alpha, gamma, ignore_index, reduction
+        )
     if weight is not None and weight.dim() == 0:
         weight = weight.expand(classes)
     elif isinstance(alpha, (int, float)):

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.every_level
 EXACT: dict[str, Callable[..., mpmath.mpf]] = {
     "exp": mpmath.exp,
     "exp_term": mpmath.exp,
+    "exp_term_coarse": mpmath.exp,
     "log": mpmath.log,
     "log1p": mpmath.log1p,
     "log1p_unit": mpmath.log1p,
@@ -32,6 +33,7 @@ BOUNDS = [
     ("exp", np.float64, 1.0),
     ("exp_term", np.float32, 1.0),
     ("exp_term", np.float64, 1.0),
+    ("exp_term_coarse", np.float32, 150.0),
     ("log", np.float32, 1.0),
     ("log", np.float64, 1.0),
     ("log1p", np.float32, 1.0),
@@ -55,7 +57,7 @@ def points(name: str, dtype: type[np.floating]) -> Array:
     """Where the losses use the function, the ends of the dtype's range and the neighbourhood of its zeros."""
     random = np.random.default_rng(3)
     info = np.finfo(dtype)
-    if name in ("exp", "exp_term"):
+    if name in ("exp", "exp_term", "exp_term_coarse"):
         low, high = float(np.log(info.smallest_normal)), float(np.log(info.max)) if name == "exp" else 0.0
         x = np.concatenate(
             [

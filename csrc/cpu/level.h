@@ -54,6 +54,8 @@ static bool evaluate_as(const char* function, const T* x, T* y, int64_t count, d
   };
   if (is("exp")) return map([](V v) { return exp(v); });
   if (is("exp_term")) return map([](V v) { return exp_term(v); });
+  if constexpr (sizeof(T) == 4)
+    if (is("exp_term_coarse")) return map([](V v) { return exp_term_coarse(v); });
   if (is("log")) return map([](V v) { return log(v); });
   if (is("log1p")) return map([](V v) { return log1p(v); });
   if (is("log1p_unit")) return map([](V v) { return log1p_unit(v); });

@@ -127,6 +127,7 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   STD_TORCH_CHECK(input.dim() <= kMaxDims, "input has ", input.dim(), " dimensions; at most ", kMaxDims);
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
 
+  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   ElementwiseCall call{};
   ElementwiseArgs& args = call.args;
   args.loss = loss;
@@ -157,11 +158,13 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   }
   if (grad) args.grad = operand(*grad, input, "gradient");
   const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
+  const auto fits = [&](const Operand* o) {
+    return !o->data || o->dtype == own || (options.wide && o->dtype != DType::f64);
+  };
   for (const Operand* o : {&args.target, &args.upstream, &args.probability})
-    STD_TORCH_CHECK(!o->data || o->dtype == own, "all tensors must have the input's dtype");
+    STD_TORCH_CHECK(fits(o), "all tensors must have the input's dtype");
   for (const Operand* o : {&args.weight, &args.pos_weight, &args.alpha})
-    STD_TORCH_CHECK(!o->data || o->dtype == own || o->dtype == compute,
-                    "weights must have the input's dtype, or that of its arithmetic");
+    STD_TORCH_CHECK(fits(o) || o->dtype == compute, "weights must have the input's dtype, or that of its arithmetic");
   if (input.numel() > 0) collapse(args, input);
   return call;
 }
@@ -175,6 +178,7 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   const int64_t dim = class_dim(logits), classes = logits.size(dim);
   STD_TORCH_CHECK(classes > 0, "input has no classes: dimension ", dim, " has size 0");
 
+  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   SoftmaxArgs args{};
   args.dtype = dtype_of(logits, "input");
   args.classes = classes;

@@ -12,6 +12,7 @@ struct ElementwiseOptions {
   OptionalTensor weight, pos_weight;
   double alpha_positive, alpha_negative, gamma;
   Reduction reduction;
+  bool wide = false;  // the loss is float32 whatever the input is, as autocast wants it; not for Reduction::none
   // What a detector's head asks besides. Its target may be labels, int64.
   bool head = false;
   OptionalTensor scores = {}, alpha = {}, probability = {};
@@ -40,6 +41,7 @@ struct SoftmaxOptions {
   double label_smoothing, gamma;
   bool count_weights;
   Reduction reduction;
+  bool wide;  // as in ElementwiseOptions
 };
 
 struct SoftmaxCall {

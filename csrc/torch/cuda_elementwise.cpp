@@ -11,6 +11,7 @@ namespace {
 
 Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const ElementwiseOptions& options,
            const Tensor* upstream, Tensor* grad) {
+  STD_TORCH_CHECK(!options.wide, "wide is for the CPU");
   same_device(target, input, "target");
   const std::pair<const OptionalTensor&, const char*> others[] = {
       {options.weight, "weight"}, {options.pos_weight, "pos_weight"}, {options.alpha, "alpha"},

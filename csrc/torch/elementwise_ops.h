@@ -21,8 +21,8 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
            const Tensor* upstream, Tensor* grad);
 
 ElementwiseOptions options(const OptionalTensor& weight, const OptionalTensor& pos_weight, double alpha_positive,
-                           double alpha_negative, double gamma, int64_t reduction) {
-  return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction)};
+                           double alpha_negative, double gamma, int64_t reduction, bool wide) {
+  return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction), wide};
 }
 
 ElementwiseOptions options(const OptionalTensor& scores, const OptionalTensor& weight, const OptionalTensor& pos_weight,
@@ -30,7 +30,7 @@ ElementwiseOptions options(const OptionalTensor& scores, const OptionalTensor& w
                            double positive, double negative, int64_t background, int64_t ignore_index,
                            int64_t class_dim, double alpha_positive, double alpha_negative, double gamma,
                            bool detach_weight, int64_t reduction, const OptionalTensor& probability) {
-  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction);
+  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, false);
   all.head = true;
   all.scores = scores;
   all.alpha = alpha;
@@ -70,7 +70,7 @@ struct FiveOps {
   }
 };
 template <Elementwise loss>
-using Plain = FiveOps<loss, OptionalTensor, OptionalTensor, double, double, double, int64_t>;
+using Plain = FiveOps<loss, OptionalTensor, OptionalTensor, double, double, double, int64_t, bool>;
 template <Elementwise loss>
 using Anchors =
     FiveOps<loss, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double, double,
@@ -83,7 +83,7 @@ using Anchors =
 
 #define PLAIN_SCHEMA                                                                                             \
   "Tensor target, Tensor? weight, Tensor? pos_weight, float alpha_positive, float alpha_negative, float gamma, " \
-  "int reduction)"
+  "int reduction, bool wide=False)"
 #define ANCHORS_SCHEMA                                                                                     \
   "Tensor target, Tensor? scores, Tensor? weight, Tensor? pos_weight, Tensor? alpha, Tensor? avg_factor, " \
   "float divisor, float positive, float negative, int background, int ignore_index, int class_dim, "       \

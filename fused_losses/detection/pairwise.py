@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from .._ops import load_op
 
-_cost: Callable[[Tensor, Tensor, Tensor | None], Tensor] = load_op("pairwise_bce_cost")
+_cost: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.ops.fused_losses.pairwise_bce_cost.default
+
+
+def _fake_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None) -> Tensor:
+    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    return logits.new_empty(gt_classes.shape[0], logits.shape[0], dtype=dtype)
+
+
+torch.library.register_fake("fused_losses::pairwise_bce_cost", _fake_cost)
 
 
 def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None = None) -> Tensor:
