@@ -84,7 +84,7 @@ def checks(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
         lambda x: F.varifocal_loss(x, IndexTarget(index)),
         lambda x: by_class(x, reference.varifocal_elements, 0.75),
     )
-    sides = dense[:, 0] * 49
+    sides = (dense[:, 0] * 49).float()  # in the digits of the narrower kernels
     yield (
         "distribution_focal_loss",
         logits,
