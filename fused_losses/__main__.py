@@ -84,7 +84,7 @@ def checks(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
         lambda x: F.varifocal_loss(x, IndexTarget(index)),
         lambda x: by_class(x, reference.varifocal_elements, 0.75),
     )
-    sides = (dense[:, 0] * 49).float()  # in the digits of the narrower kernels
+    sides = (dense[:, 0] * 49).float().double()  # in digits that every kernel takes
     yield (
         "distribution_focal_loss",
         logits,
