@@ -7,6 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class VarifocalLoss(nn.Module):
+    """w bce in fp32, w = alpha s^gamma (1 - label) + q label; the mean over dimension 1, the sum over the rest."""
+
+    def __init__(self, gamma: float = 2.0, alpha: float = 0.75) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.alpha = alpha
+
+    def forward(self, pred_score: Tensor, gt_score: Tensor, label: Tensor) -> Tensor:
+        focus = self.alpha * pred_score.sigmoid() ** self.gamma
+        weight = focus * (1 - label) + gt_score * label
+        with torch.autocast("cpu", enabled=False):
+            bce = F.binary_cross_entropy_with_logits(pred_score.float(), gt_score.float(), reduction="none")
+            return (bce * weight).mean(1).sum()
+
+
 class FocalLoss(nn.Module):
     """alpha_t (1 - p_t)^gamma bce, the mean over dimension 1, the sum over the rest; alpha is a tensor."""
 
