@@ -119,6 +119,16 @@ def ultralytics_varifocal_loss(criterion: Any, pred_score: Tensor, gt_score: Ten
     )
 
 
+def ultralytics_distribution_focal_loss(criterion: Any, pred_dist: Tensor, target: Tensor) -> Any:
+    """Cross entropy with both neighbours of the target, the mean over the sides of a box: (4 N, bins), (N, 4) -> (N, 1)."""
+    if pred_dist.dim() != 2 or target.dim() == 0 or pred_dist.shape[0] != target.numel():
+        return NotImplemented
+    target = target.clamp_(0, criterion.reg_max - 1 - 0.01)  # in place, as there
+    logits = pred_dist.to(torch.promote_types(pred_dist.dtype, target.dtype))
+    loss = functional.distribution_focal_loss(logits, target.reshape(-1), reduction="none")
+    return loss.view(target.shape).mean(-1, keepdim=True)
+
+
 def timm_label_smoothing(criterion: Any, x: Tensor, target: Tensor) -> Any:
     """confidence nll + smoothing mean_c(-log p_c), with confidence = 1 - smoothing. No index is ignored."""
     if x.dim() != 2 or target.dim() != 1 or criterion.confidence != 1.0 - criterion.smoothing:
@@ -210,6 +220,11 @@ def _score_example(criterion: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _logits(6, 5).float(), labels * torch.linspace(0, 1, 30).view(6, 5), labels
 
 
+def _bins_example(criterion: Any) -> tuple[Tensor, Tensor]:
+    bins = criterion.reg_max
+    return _logits(12, bins), torch.linspace(-1, bins, 12, dtype=torch.float64).view(3, 4)
+
+
 def _alpha_example(criterion: Any) -> tuple[Tensor, Tensor]:
     alpha = torch.as_tensor(criterion.alpha)
     classes = alpha.numel() if alpha.numel() > 1 else 5
@@ -231,6 +246,7 @@ ADAPTERS = [
         "QFocalLoss", ("loss_fcn", "gamma", "alpha", "reduction"), yolov5_quality_focal_loss, _wrapped_example
     ),
     Adapter("VarifocalLoss", ("gamma", "alpha"), ultralytics_varifocal_loss, _score_example),
+    Adapter("DFLoss", ("reg_max",), ultralytics_distribution_focal_loss, _bins_example),
     Adapter("FocalLoss", ("gamma", "alpha"), ultralytics_focal_loss, _alpha_example),
     Adapter("LabelSmoothingCrossEntropy", ("smoothing", "confidence"), timm_label_smoothing, _index_example),
     Adapter("SoftTargetCrossEntropy", (), timm_soft_target, _soft_example),

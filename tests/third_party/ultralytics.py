@@ -23,6 +23,22 @@ class VarifocalLoss(nn.Module):
             return (bce * weight).mean(1).sum()
 
 
+class DFLoss(nn.Module):
+    """(r - t) ce(l) + (t - l) ce(r), l = floor(t), r = l + 1, the mean over the last dimension, kept. Not a forward."""
+
+    def __init__(self, reg_max: int = 16) -> None:
+        super().__init__()
+        self.reg_max = reg_max
+
+    def __call__(self, pred_dist: Tensor, target: Tensor) -> Tensor:
+        target = target.clamp_(0, self.reg_max - 1.01)
+        log_p = pred_dist.log_softmax(1)
+        left = target.long()
+        to_right = target - left
+        ce = [-log_p.gather(1, (left + side).view(-1, 1)).view(left.shape) for side in (0, 1)]
+        return (ce[0] * (1 - to_right) + ce[1] * to_right).mean(-1, keepdim=True)
+
+
 class FocalLoss(nn.Module):
     """alpha_t (1 - p_t)^gamma bce, the mean over dimension 1, the sum over the rest; alpha is a tensor."""
 
