@@ -46,7 +46,7 @@ class Stored(Function):
         gradient, *args = ctx.saved_tensors
         if _recording():
             gradient = _differentiable(ctx, upstream, args)
-        elif _keep_graph():  # the saved gradient serves again
+        elif _keep_graph() or _is_batched(upstream):  # it serves again, or for several upstream gradients
             gradient = gradient * upstream
         else:
             _scale(gradient, upstream)
@@ -115,6 +115,12 @@ class Recomputed(Function):
         return None, None, gradient, None, None
 
 
+def _is_batched(upstream: Tensor) -> bool:
+    """Whether it stands for several: vmap over a backward pass, and `is_grads_batched`, which has a vmap of its own."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+
+
 def _scale(gradient: Tensor, upstream: Tensor) -> None:
     """gradient *= upstream."""
     # A number in the host's memory is read at once; on a GPU only the kernel may look at it.
@@ -146,6 +152,13 @@ def evaluate(
     if torch.compiler.is_compiling():
         traced: Tensor = _compile.evaluate(loss, stored, input, tensors, options)
         return traced
+    return evaluate_eagerly(loss, inplace, stored, input, tensors, options)
+
+
+def evaluate_eagerly(
+    loss: LossOps, inplace: bool, stored: bool, input: Tensor, tensors: Tensors, options: Options
+) -> Tensor:
+    """`evaluate`, for a call that is `plain` (_checks.py)."""
     if not (input.requires_grad and _recording()):
         return loss.forward(input, *tensors, *options)
     if inplace:

@@ -29,12 +29,15 @@ DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16}
 _HALVES = frozenset({torch.bfloat16, torch.float16})
 _TENSOR_TYPES = frozenset({Tensor, Parameter})
 _MAX_DIMS = 12  # csrc/dtype.h
+# What an op, or the way to it, has against a call. Others pass: checkpointing ends a recomputation by an exception.
+OBJECTIONS = (RuntimeError, ValueError, TypeError, LookupError)
 _logger = logging.getLogger("fused_losses")
 _logged: set[str] = set()
 
 _autocasting = torch._C._is_any_autocast_enabled
 _transforming = torch._C._are_functorch_transforms_active
 _compiling = torch.compiler.is_compiling
+_dynamo_compiling = torch.compiler.is_dynamo_compiling  # it alone gets as far as asking with a plain Tensor
 _tracing = torch._C._is_tracing
 
 
@@ -59,29 +62,14 @@ def require_tensors(function: str, **arguments: Any) -> None:
             )
 
 
-def straight(
-    loss: LossOps,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    pos_weight: Tensor | None = None,
-) -> LossOps | None:
-    """The ops that can be asked straight away; those with a float32 loss for fp16 and bf16 under autocast."""
-    if plain(input, target, weight, pos_weight):
-        return loss
-    if (
-        not isinstance(input, Tensor)
-        or not input.is_cpu
-        or _compiling()
-        or not torch.is_autocast_enabled("cpu")
-    ):
+def autocast_ops(loss: LossOps, input: Tensor, target: Tensor, *weights: Tensor | None) -> LossOps | None:
+    """The ops that can be asked straight away under autocast: those with a float32 loss, for fp16 and bf16."""
+    if not isinstance(input, Tensor) or not input.is_cpu or input.dtype not in _HALVES or _compiling():
+        return None
+    if not torch.is_autocast_enabled("cpu"):
         return None
     with torch.autocast("cpu", enabled=False):
-        return (
-            loss.widened
-            if input.dtype in _HALVES and plain(input, target) and _constant(weight, pos_weight)
-            else None
-        )
+        return loss.widened if plain(input, target) and _constant(*weights) else None
 
 
 def _constant(*weights: Tensor | None) -> bool:
@@ -102,7 +90,7 @@ def plain(
         and forward_ad._current_level < 0
         and not _transforming()
         and not _autocasting()
-        and not _compiling()
+        and not _dynamo_compiling()
         and not _tracing()
     )
 

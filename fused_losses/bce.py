@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, _torch, reference
 from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
-from ._autograd import evaluate
+from ._autograd import evaluate, evaluate_eagerly
 from ._ops import LossOps
 from .detection.index_target import IndexTarget
 
@@ -112,14 +112,17 @@ def binary_cross_entropy_with_logits(
             inplace_backward=inplace_backward,
             return_probabilities=return_probabilities,
         )
-    ops = _checks.straight(_WITH_LOGITS, input, target, weight, pos_weight)
+    plain = _checks.plain(input, target, weight, pos_weight)
+    ops = _WITH_LOGITS if plain else _checks.autocast_ops(_WITH_LOGITS, input, target, weight, pos_weight)
     if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(ops, inplace_backward, stored, input, (target, weight, pos_weight), options)
-        except Exception:
+            return evaluate_eagerly(
+                ops, inplace_backward, stored, input, (target, weight, pos_weight), options
+            )
+        except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy_with_logits", input=input, target=target)
@@ -174,14 +177,15 @@ def binary_cross_entropy(
         RuntimeError: an input outside [0, 1], and a target where torch objects to it.
         ValueError, RuntimeError, TypeError: elsewhere as torch's function.
     """
-    ops = _checks.straight(_OPS, input, target, weight)
+    plain = _checks.plain(input, target, weight)
+    ops = _OPS if plain else _checks.autocast_ops(_OPS, input, target, weight)
     if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(ops, False, stored, input, (target, weight, None), options)
-        except Exception:
+            return evaluate_eagerly(ops, False, stored, input, (target, weight, None), options)
+        except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy", input=input, target=target)

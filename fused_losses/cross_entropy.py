@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _torch, reference
-from ._autograd import evaluate
+from ._autograd import evaluate, evaluate_eagerly
 from ._ops import LossOps
 
 
@@ -66,15 +66,16 @@ def cross_entropy(
         IndexError: a class index outside [0, C) that is not ignore_index.
         ValueError, RuntimeError, TypeError: where `torch.nn.functional.cross_entropy` raises them.
     """
-    ops = _checks.straight(_OPS, input, target, weight)
+    plain = _checks.plain(input, target, weight)
+    ops = _OPS if plain else _checks.autocast_ops(_OPS, input, target, weight)
     if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             tensors = (target, weight if weight is None else _checks.compute_weight(weight, input))
             options = (code, ignore_index, label_smoothing)
-            return evaluate(ops, inplace_backward, stored, input, tensors, options)
-        except Exception:
+            return evaluate_eagerly(ops, inplace_backward, stored, input, tensors, options)
+        except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("cross_entropy", input=input, target=target)

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from . import _checks, reference
 from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
-from ._autograd import evaluate
+from ._autograd import evaluate, evaluate_eagerly
 from ._ops import LossOps
 from .detection.index_target import IndexTarget
 
@@ -140,15 +140,16 @@ def _sigmoid_focal(
     reduction: str,
     inplace_backward: bool,
 ) -> Tensor:
-    ops = _checks.straight(_SIGMOID, inputs, targets, weight, pos_weight)
+    plain = _checks.plain(inputs, targets, weight, pos_weight)
+    ops = _SIGMOID if plain else _checks.autocast_ops(_SIGMOID, inputs, targets, weight, pos_weight)
     if ops is not None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and inputs.dtype is not torch.float16
             tensors, focus = (targets, weight, pos_weight), (alpha_positive, alpha_negative, gamma, code)
-            return evaluate(ops, inplace_backward, stored, inputs, tensors, focus)
-        except Exception:
+            return evaluate_eagerly(ops, inplace_backward, stored, inputs, tensors, focus)
+        except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
     code = _checks.reduction_code(reduction)
@@ -213,15 +214,16 @@ def softmax_focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, on a softmax.
     """
-    ops = None if alpha is not None else _checks.straight(_SOFTMAX, input, target)
-    if ops is not None:
+    plain = _checks.plain(input, target)
+    ops = _SOFTMAX if plain else _checks.autocast_ops(_SOFTMAX, input, target)
+    if ops is not None and alpha is None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (code, ignore_index, gamma)
-            return evaluate(ops, inplace_backward, stored, input, (target, None), options)
-        except Exception:
+            return evaluate_eagerly(ops, inplace_backward, stored, input, (target, None), options)
+        except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
     code = _checks.reduction_code(reduction)

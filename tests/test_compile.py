@@ -39,16 +39,30 @@ def copy_of(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor).copy_(tensor) if tensor.dim() else tensor.detach().clone()
 
 
+def detection_cases() -> list[tuple[Any, Tensor, dict[str, Any]]]:
+    target = fused_losses.IndexTarget(torch.tensor([0, 4, -1, 2, -2, 3]), scores=torch.rand(6))
+    losses = (
+        F.binary_cross_entropy_with_logits,
+        F.sigmoid_focal_loss,
+        F.quality_focal_loss,
+        F.varifocal_loss,
+    )
+    names = ("target", "targets", "target", "target")
+    anchors = [(f, torch.randn(6, 5), {name: target}) for f, name in zip(losses, names, strict=True)]
+    return [*anchors, (F.distribution_focal_loss, torch.randn(6, 8), {"target": torch.rand(6) * 7})]
+
+
 def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
     """Every op of the package, as the losses call it."""
     with OpCalls() as seen:
-        for case in CASES:
+        calls = [(case.ours, *case.make(torch.float32), case.in_place) for case in CASES]
+        calls += [(*one, True) for one in detection_cases()]
+        for ours, data, options, in_place in calls:
             for reduction in ("mean", "none"):
-                data, options = case.make(torch.float32)
-                case.ours(data, **options, reduction=reduction)
-                for keyword in ({}, {"inplace_backward": True}) if case.in_place else ({},):
+                ours(data, **options, reduction=reduction)
+                for keyword in ({}, {"inplace_backward": True}) if in_place else ({},):
                     logits = data.clone().requires_grad_() * 1
-                    loss = case.ours(logits, **options, reduction=reduction, **keyword)
+                    loss = ours(logits, **options, reduction=reduction, **keyword)
                     (loss.sum() * 1.5).backward()
         pairwise_bce_cost(torch.randn(6, 5), torch.tensor([0, 4, 2]))
     # What overwrites the input of a loss that has no inplace_backward.
