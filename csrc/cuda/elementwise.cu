@@ -2,12 +2,12 @@
 // gradient out once: BCE in fp32 12 bytes an element, in bf16 6.
 //
 // packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
-//   moves 16 bytes of each at a time. The weights may have any strides: a pack that stays inside one run of the last
-//   dimension finds its place once.
+//   moves 16 bytes of each at a time, and in the plain case loads two packs before it uses the first. Weights may have
+//   any strides: a pack that stays inside one run of the last dimension finds its place once.
 // otherwise: one element at a time, every operand by its strides.
 //
-// Values are added up by each thread with compensation, by the block in double, and by finish() in the blocks' order:
-// the same bits on every run.
+// Values are added up in packs, by each thread with compensation, by the block in double, and by finish() in the
+// blocks' order: the same bits on every run.
 #include "cuda/elementwise.h"
 
 #include <algorithm>
@@ -45,77 +45,87 @@ __device__ __forceinline__ typename ComputeOf<S>::T read(const ElementwiseArgs& 
                       : typename ComputeOf<S>::T{1};
 }
 
-// The elements i, i + 1, ... of a weight, one at a time.
+// The elements i, i + 1, ..., i + n - 1 of a weight, where they are `step` apart: `whole`.
 template <class S>
 struct WeightRun {
-  const S* data;
-  int64_t step;
-  const ElementwiseArgs& a;
-  const Operand& operand;
-  int64_t first;
+  const S* data = nullptr;
+  int64_t step = 0;
+  bool whole = true;
 
-  __device__ __forceinline__ WeightRun(const ElementwiseArgs& args, const Operand& o, int64_t i, int n)
-      : data(nullptr), step(-1), a(args), operand(o), first(i) {
+  __device__ __forceinline__ WeightRun(const ElementwiseArgs& a, const Operand& o, int64_t i, int n) {
     if (!o.data) return;
     const int last = a.ndim - 1;
     data = static_cast<const S*>(o.data) + offset_of(a, o, i);
-    if (o.linear)
-      step = 1;
-    else if (i % a.size[last] + n <= a.size[last])
-      step = o.stride[last];
+    step = o.linear ? 1 : o.stride[last];
+    whole = o.linear || i % a.size[last] + n <= a.size[last];
   }
-  __device__ __forceinline__ typename ComputeOf<S>::T at(int k) const {
-    if (!data) return 1;
-    return step >= 0 ? widen(data[k * step]) : read<S>(a, operand, first + k);
-  }
+  __device__ __forceinline__ typename ComputeOf<S>::T at(int k) const { return data ? widen(data[k * step]) : 1; }
 };
 
-template <class Loss, class S>
-__global__ void __launch_bounds__(kThreads)
+// plain: there are neither weights nor an upstream gradient an element, and no values are wanted.
+template <class Loss, class S, bool plain>
+__global__ void __launch_bounds__(kThreads, 2)
     elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const S* scalar_upstream, double* partial) {
   using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<S>::V;
   constexpr int n = Pack<S>::size;
-  const ElementwiseParams<T> params{static_cast<T>(a.alpha_positive), static_cast<T>(a.alpha_negative),
-                                    static_cast<T>(a.gamma), a.gamma, a.gamma - 1};
+  const ElementwiseParams<V> params{static_cast<V>(a.alpha_positive), static_cast<V>(a.alpha_negative),
+                                    static_cast<V>(a.gamma), a.gamma, a.gamma - 1};
   T scale = static_cast<T>(a.grad_scale);
   if (scalar_upstream) scale *= widen(*scalar_upstream);
   Sum<T> sum;
 
+  // The value; *grad is its derivative, times the upstream gradient.
   const auto element = [&](T x, T t, T weight, T pos_weight, T upstream, T* grad) {
-    const ValueGrad<T> loss = Loss::apply(x, t, pos_weight, params);
-    *grad = loss.grad * weight * scale * upstream;
-    const T value = loss.value * weight;
-    sum.add(value);
-    return value;
+    if constexpr (std::is_same_v<Loss, Bce>) require_probability(x);
+    const ValueGrad<V> loss = Loss::apply(V(x), V(t), V(pos_weight), params);
+    *grad = static_cast<T>(loss.grad) * weight * scale * upstream;
+    return static_cast<T>(loss.value) * weight;
   };
+  const auto single = [&](int64_t i) {
+    T grad;
+    const T value =
+        element(read<S>(a, a.input, i), read<S>(a, a.target, i), plain ? T{1} : read<S>(a, a.weight, i),
+                plain ? T{1} : read<S>(a, a.pos_weight, i), plain ? T{1} : read<S>(a, a.upstream, i), &grad);
+    sum.add(value);
+    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
+    if (!plain && a.value.data) static_cast<S*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<S>::from(value);
+  };
+  const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
+  const auto target_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.target.data) + i * n); };
+  const auto pack = [&](int64_t i, const Pack<S>& x, const Pack<S>& t) {
+    const int64_t at = i * n;
+    const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n);
+    if (!plain && !(weight.whole && pos_weight.whole)) {
+#pragma unroll 1
+      for (int k = 0; k < n; ++k) single(at + k);
+      return;
+    }
+    Pack<S> upstream;
+    if (!plain && a.upstream.data) upstream = load_pack(static_cast<const S*>(a.upstream.data) + at);
+    T value[n], grad[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k)
+      value[k] = element(widen(x.at[k]), widen(t.at[k]), plain ? T{1} : weight.at(k), plain ? T{1} : pos_weight.at(k),
+                         plain || !a.upstream.data ? T{1} : widen(upstream.at[k]), &grad[k]);
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
+    if (!plain && a.value.data) store_pack(static_cast<S*>(a.value.data) + at, narrow_pack<S>(value));
+    sum.add(pairwise_sum<n>(value));
+  };
+
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
   const int64_t packs = packed ? count / n : 0;
-  for (int64_t i = first; i < packs; i += step) {
-    const int64_t at = i * n;
-    const Pack<S> x = load_pack(static_cast<const S*>(a.input.data) + at);
-    const Pack<S> t = load_pack(static_cast<const S*>(a.target.data) + at);
-    const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n);
-    Pack<S> upstream, grad, value;
-    if (a.upstream.data) upstream = load_pack(static_cast<const S*>(a.upstream.data) + at);
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      T g;
-      const T v = element(widen(x.at[k]), widen(t.at[k]), weight.at(k), pos_weight.at(k),
-                          a.upstream.data ? widen(upstream.at[k]) : T{1}, &g);
-      grad.at[k] = Narrow<S>::from(g);
-      value.at[k] = Narrow<S>::from(v);
+  int64_t i = first;
+  if constexpr (plain) {
+    for (; i + step < packs; i += 2 * step) {
+      const Pack<S> x[2] = {input_at(i), input_at(i + step)}, t[2] = {target_at(i), target_at(i + step)};
+      pack(i, x[0], t[0]);
+      pack(i + step, x[1], t[1]);
     }
-    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, grad);
-    if (a.value.data) store_pack(static_cast<S*>(a.value.data) + at, value);
   }
+  for (; i < packs; i += step) pack(i, input_at(i), target_at(i));
   // The elements after the last whole pack, or all of them.
-  for (int64_t i = packs * n + first; i < count; i += step) {
-    T g;
-    const T v = element(read<S>(a, a.input, i), read<S>(a, a.target, i), read<S>(a, a.weight, i),
-                        read<S>(a, a.pos_weight, i), read<S>(a, a.upstream, i), &g);
-    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(g);
-    if (a.value.data) static_cast<S*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<S>::from(v);
-  }
+  for (i = packs * n + first; i < count; i += step) single(i);
   if (partial) {
     const double total = block_sum(sum.total, reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
@@ -133,7 +143,9 @@ cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const void* sca
                         cudaStream_t stream) {
   const bool packed = can_pack<S>(a.input) && can_pack<S>(a.target) && can_pack<S>(a.grad) && can_pack<S>(a.value) &&
                       can_pack<S>(a.upstream);
-  return launch(elementwise_kernel<Loss, S>, static_cast<unsigned>(elementwise_blocks(count)), kThreads, 1,
+  const bool plain = !a.weight.data && !a.pos_weight.data && !a.upstream.data && !a.value.data;
+  const auto kernel = plain ? elementwise_kernel<Loss, S, true> : elementwise_kernel<Loss, S, false>;
+  return launch(kernel, static_cast<unsigned>(elementwise_blocks(count)), kThreads, 1,
                 kThreads / kWarp * sizeof(double), stream, a, count, packed, static_cast<const S*>(scalar_upstream),
                 partial);
 }
