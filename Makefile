@@ -7,6 +7,7 @@ VENV ?= .venv
 WORKERS ?= 2
 PY := $(VENV)/bin/python
 COMPARE := build/compare
+RESULT = benchmarks/results/$(shell date +%F)-$(or $(NAME),$(error make results NAME=cpu-epyc-avx512: device and machine))
 
 ifneq ($(origin PY),command line)
 REQUIREMENTS := $(VENV)/.requirements
@@ -16,13 +17,24 @@ endif
 # With the package of this tree, whatever else is installed.
 RUN := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PY)
 
-.PHONY: test compare build wheel lint format clean
+.PHONY: test compare bench results build wheel lint format clean
 
 test: build $(EDITABLE)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
 
 compare: build $(EDITABLE)
-	$(RUN) benchmarks/compare.py --json $(COMPARE)/compare.json --plot $(COMPARE)
+	$(RUN) benchmarks/compare.py --json $(COMPARE)/compare.json --plot $(COMPARE) $(ARGS)
+
+# The same cases under pytest-benchmark; every run is kept, `pytest-benchmark compare` sets them side by side.
+bench: build $(EDITABLE)
+	$(RUN) -m pytest benchmarks --benchmark-autosave --benchmark-storage=file://build/bench
+
+# A dated result, on a machine that does nothing else, and the README's tables and pictures from it:
+#   make results NAME=cpu-epyc-avx512    ARGS="--threads 1" and the like go to compare.py, here and in make compare
+results: build $(EDITABLE)
+	$(RUN) benchmarks/compare.py --suite all --sweep classes --sweep rows --baselines eager,compile \
+	    --json $(RESULT)/results.json --plot $(RESULT) $(ARGS)
+	$(RUN) benchmarks/readme_table.py
 
 build: $(REQUIREMENTS)
 	$(PY) setup.py --quiet build_ext --inplace

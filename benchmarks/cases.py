@@ -1,4 +1,4 @@
-"""What compare.py measures: the losses, their baselines, and the shapes people train at.
+"""What compare.py measures: the losses, the shapes people train at, and the inputs.
 
 A case is written as people type it, `ce:N=4096,C=80,dtype=bf16,label_smoothing=0.1`; the suites are lists of
 such lines, so everything passes through one parser.
@@ -6,20 +6,20 @@ such lines, so everything passes through one parser.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
+import baselines as plain
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses.functional as fused
+from fused_losses.detection import pairwise_bce_cost
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-OURS = ("fused", "in place")
-BASELINES = ("eager", "compile", "torchvision")
 
 SUITES: dict[str, list[str]] = {
     "tiny": [
@@ -44,6 +44,7 @@ SUITES: dict[str, list[str]] = {
         "focal:N=8,A=8400,C=80,gamma=2",
         "focal:N=8,A=8400,C=80,gamma=1.5",
         "softmax_focal:N=20000,C=81",
+        "pairwise:G=100,A=8400,C=80",
     ],
     "language": [
         "ce:N=200,C=50257",
@@ -51,56 +52,59 @@ SUITES: dict[str, list[str]] = {
     ],
 }
 
+# A sweep takes a case through these sizes of one of its dimensions; --quick through every second.
+SWEEPS: dict[str, tuple[str, list[int], str]] = {
+    "classes": ("C", [10, 32, 100, 316, 1000, 3162, 10000, 31623, 100000, 262144], "ce:N=64,C=10"),
+    "rows": ("N", [1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144], "ce:N=1,C=80"),
+}
+
 
 class CaseError(ValueError):
     """A --case that says something we do not understand."""
 
 
-class Unavailable(Exception):
-    """An implementation that is not installed or does not have this loss."""
-
-
-def sigmoid_focal_loss(
-    inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none"
-) -> Tensor:
-    """torchvision's formula in plain torch: what a program without a fused loss runs."""
-    p = torch.sigmoid(inputs)
-    ce = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
-    p_t = p * targets + (1 - p) * (1 - targets)
-    loss = ce * (1 - p_t) ** gamma
-    if alpha >= 0:
-        loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
-    return {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
-
-
-def softmax_focal_loss(
-    input: Tensor,
-    target: Tensor,
-    gamma: float = 2.0,
-    alpha: float | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-) -> Tensor:
-    """The usual way in plain torch: cross entropy a row, then its weight."""
-    ce = F.cross_entropy(input, target, reduction="none", ignore_index=ignore_index)
-    loss = (1 - torch.exp(-ce)) ** gamma * ce
-    if alpha is not None:
-        loss = alpha * loss
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum()
-
-
 @dataclass(frozen=True)
 class Loss:
+    """A loss compare.py knows. Its functions are called with the inputs and the options, both as they are in torch."""
+
     title: str
     eager: Callable[..., Tensor]
     fused: Callable[..., Tensor]
-    dims: str  # dimensions in their order; all but N and C may be left out
+    inputs: Callable[[Case, torch.Generator], tuple[Tensor, ...]]  # the logits first; fp32 on the CPU
+    dims: str  # in their order; those in brackets may be left out
     options: dict[str, type]
-    index_target: bool
     in_place: bool = True
+    differentiable: bool = True  # else it is measured forward only, with what it returns whole
+    logits_dims: str = ""  # those that make the logits' shape, if not all
+    floor_elements: Callable[[dict[str, int]], int] | None = None  # if not logits in, gradient out
+
+
+def index_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    """A class a row."""
+    logits = 2 * torch.randn(case.shape, generator=random)
+    rows = case.shape[:1] + case.shape[2:]
+    target = torch.randint(case.dims["C"], rows, generator=random)
+    if "ignore_index" in case.options:
+        target[torch.rand(rows, generator=random) < 0.05] = case.options["ignore_index"]
+    return logits, target
+
+
+def dense_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    """A detector after its warm-up: few positives, logits around the customary prior of one in a hundred."""
+    logits = 2 * torch.randn(case.shape, generator=random) - 4.6
+    return logits, (torch.rand(case.shape, generator=random) < 0.01).float()
+
+
+def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    logits, target = dense_target(case, random)
+    return torch.sigmoid(logits), target
+
+
+def assignment(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    """A picture's class logits, the classes of its objects, and objectness logits as YOLOX has them."""
+    logits = 2 * torch.randn(case.shape, generator=random) - 4.6
+    gt_classes = torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
+    return logits, gt_classes, 2 * torch.randn(case.dims["A"], 1, generator=random) - 2
 
 
 LOSSES = {
@@ -108,42 +112,54 @@ LOSSES = {
         "cross entropy",
         F.cross_entropy,
         fused.cross_entropy,
-        dims="NCHW",
+        index_target,
+        dims="NC[HW]",
         options={"label_smoothing": float, "ignore_index": int, "weight": float, "reduction": str},
-        index_target=True,
     ),
     "bce_logits": Loss(
         "BCE with logits",
         F.binary_cross_entropy_with_logits,
         fused.binary_cross_entropy_with_logits,
-        dims="NAC",
+        dense_target,
+        dims="N[A]C",
         options={"weight": float, "pos_weight": float, "reduction": str},
-        index_target=False,
     ),
     "bce": Loss(
         "BCE",
         F.binary_cross_entropy,
         fused.binary_cross_entropy,
-        dims="NAC",
+        probabilities,
+        dims="N[A]C",
         options={"weight": float, "reduction": str},
-        index_target=False,
         in_place=False,
     ),
     "focal": Loss(
         "sigmoid focal",
-        sigmoid_focal_loss,
+        plain.sigmoid_focal_loss,
         fused.sigmoid_focal_loss,
-        dims="NAC",
+        dense_target,
+        dims="N[A]C",
         options={"alpha": float, "gamma": float, "reduction": str},
-        index_target=False,
     ),
     "softmax_focal": Loss(
         "softmax focal",
-        softmax_focal_loss,
+        plain.softmax_focal_loss,
         fused.softmax_focal_loss,
-        dims="NCHW",
+        index_target,
+        dims="NC[HW]",
         options={"alpha": float, "gamma": float, "ignore_index": int, "reduction": str},
-        index_target=True,
+    ),
+    "pairwise": Loss(
+        "assigner's cost",
+        plain.pairwise_bce_cost,
+        pairwise_bce_cost,
+        assignment,
+        dims="GAC",
+        options={},
+        in_place=False,
+        differentiable=False,
+        logits_dims="AC",
+        floor_elements=lambda dims: dims["A"] * (dims["C"] + dims["G"]),
     ),
 }
 
@@ -151,7 +167,7 @@ LOSSES = {
 @dataclass(frozen=True)
 class Case:
     spec: str
-    loss: Loss
+    name: str
     dims: dict[str, int]
     dtype: str
     options: dict[str, Any]
@@ -163,29 +179,31 @@ class Case:
         if name not in LOSSES:
             raise CaseError(f"case {spec!r}: no loss {name!r}; there are {', '.join(LOSSES)}")
         loss = LOSSES[name]
+        known = re.sub(r"[\[\]]", "", loss.dims)
+        required = re.sub(r"\[.*?\]", "", loss.dims)
         dims: dict[str, int] = {}
         options: dict[str, Any] = {}
         chosen = "fp32"
         for item in filter(None, rest.split(",")):
             key, _, text = item.partition("=")
-            kind = int if key in loss.dims else loss.options.get(key, str)
-            if key not in {*loss.dims, *loss.options, "dtype"}:
-                known = ", ".join([*loss.dims, "dtype", *loss.options])
-                raise CaseError(f"case {spec!r}: {name} has no {key!r}; it has {known}")
+            if key not in {*known, *loss.options, "dtype"}:
+                raise CaseError(
+                    f"case {spec!r}: {name} has no {key!r}; it has {', '.join([*known, 'dtype', *loss.options])}"
+                )
+            kind = int if key in known else loss.options.get(key, str)
             try:
                 value = kind(text)
             except ValueError:
                 raise CaseError(f"case {spec!r}: {key} must be {kind.__name__}, not {text!r}") from None
             if key == "dtype":
                 chosen = text
-            elif key in loss.dims:
+            elif key in known:
                 dims[key] = int(value)
             else:
                 options[key] = value
-        if missing := {"N", "C"} - dims.keys():
-            raise CaseError(
-                f"case {spec!r}: {' and '.join(sorted(missing))} missing, as in {name}:N=4096,C=80"
-            )
+        if missing := [key for key in required if key not in dims]:
+            example = ",".join(f"{key}=80" for key in required)
+            raise CaseError(f"case {spec!r}: {' and '.join(missing)} missing, as in {name}:{example}")
         if min(dims.values()) < 1:
             raise CaseError(f"case {spec!r}: every dimension must be at least 1, got {dims}")
         if chosen not in DTYPES:
@@ -194,15 +212,32 @@ class Case:
             raise CaseError(
                 f"case {spec!r}: reduction must be none, mean or sum, not {options['reduction']!r}"
             )
-        dims = {key: dims[key] for key in loss.dims if key in dims}
-        dtype = dtype or chosen
+        return cls._canonical(
+            name, {key: dims[key] for key in known if key in dims}, dtype or chosen, options
+        )
+
+    @classmethod
+    def _canonical(cls, name: str, dims: dict[str, int], dtype: str, options: dict[str, Any]) -> Case:
         fields = dims | ({} if dtype == "fp32" else {"dtype": dtype}) | options
-        canonical = f"{name}:" + ",".join(f"{key}={value}" for key, value in fields.items())
-        return cls(canonical, loss, dims, dtype, options)
+        spec = f"{name}:" + ",".join(f"{key}={value}" for key, value in fields.items())
+        return cls(spec, name, dims, dtype, options)
+
+    def sized(self, **dims: int) -> Case:
+        """The same case with other sizes."""
+        return self._canonical(self.name, self.dims | dims, self.dtype, self.options)
+
+    def small(self) -> Case:
+        """The same call on next to nothing, to load code without touching memory."""
+        return self.sized(**dict.fromkeys(self.dims, 2))
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.name]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.dims.values())
+        """Of the logits."""
+        return tuple(self.dims[key] for key in self.loss.logits_dims or self.dims)
 
     @property
     def label(self) -> str:
@@ -210,7 +245,8 @@ class Case:
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
             for key, value in self.options.items()
         ]
-        return ", ".join([f"{self.loss.title} {' x '.join(map(str, self.shape))}", self.dtype, *options])
+        sizes = " x ".join(map(str, self.dims.values()))
+        return ", ".join([f"{self.loss.title} {sizes}", self.dtype, *options])
 
     @property
     def logits_bytes(self) -> int:
@@ -219,60 +255,21 @@ class Case:
     @property
     def floor_bytes(self) -> int:
         """What forward and backward together cannot avoid: the logits in once, the gradient out once."""
+        if self.loss.floor_elements:
+            return self.loss.floor_elements(self.dims) * DTYPES[self.dtype].itemsize
         return 2 * self.logits_bytes
 
-    def small(self) -> Case:
-        """The same call on next to nothing, to load code without touching memory."""
-        return Case(self.spec, self.loss, dict.fromkeys(self.dims, 2), self.dtype, self.options)
-
-    def inputs(self, device: str) -> tuple[Tensor, Tensor]:
-        """Logits (probabilities for BCE) and targets, the same on every call."""
-        random = torch.Generator().manual_seed(0)
-        if self.loss.index_target:
-            logits = 2 * torch.randn(self.shape, generator=random)
-            rows = self.shape[:1] + self.shape[2:]
-            target = torch.randint(self.dims["C"], rows, generator=random)
-            if "ignore_index" in self.options:
-                target[torch.rand(rows, generator=random) < 0.05] = self.options["ignore_index"]
-        else:
-            # A detector after its warm-up: few positives, logits around the customary prior of one in a hundred.
-            logits = 2 * torch.randn(self.shape, generator=random) - 4.6
-            target = (torch.rand(self.shape, generator=random) < 0.01).float()
-        if self.loss is LOSSES["bce"]:
-            logits = torch.sigmoid(logits)
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        """Logits (probabilities for BCE) and what goes with them, the same on every call."""
+        made = self.loss.inputs(self, torch.Generator().manual_seed(0))
         dtype = DTYPES[self.dtype]
-        target = target if self.loss.index_target else target.to(dtype)
-        return logits.to(dtype).to(device), target.to(device)
+        return tuple(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in made)
 
     def arguments(self, dtype: torch.dtype, device: str) -> dict[str, Any]:
         """The options as keyword arguments; weights rise over the classes from 1 to the value given."""
-        arguments = {"reduction": "mean", **self.options}
+        arguments = dict(self.options)
+        if "reduction" in self.loss.options:
+            arguments = {"reduction": "mean"} | arguments
         for key in {"weight", "pos_weight"} & arguments.keys():
             arguments[key] = torch.linspace(1, arguments[key], self.dims["C"], dtype=dtype, device=device)
         return arguments
-
-
-def implementation(case: Case, name: str) -> Callable[..., Tensor]:
-    """The function called `name` that computes the loss of `case`."""
-    loss = case.loss
-    if name == "fused":
-        return loss.fused
-    if name == "in place":
-        if not loss.in_place:
-            raise Unavailable(f"{loss.title} has no inplace_backward")
-        return partial(loss.fused, inplace_backward=True)
-    if name == "eager":
-        return loss.eager
-    if name == "compile":
-        # Left to itself it would generalise over the shapes of the cases before.
-        torch.compiler.reset()
-        return torch.compile(loss.eager, dynamic=False)
-    if name == "torchvision":
-        if loss is not LOSSES["focal"]:
-            raise Unavailable(f"torchvision has no {loss.title}")
-        try:
-            from torchvision.ops import sigmoid_focal_loss as torchvision_focal
-        except ImportError as error:
-            raise Unavailable(str(error)) from None
-        return torchvision_focal
-    raise Unavailable(f"not a baseline compare.py knows; those are {', '.join(BASELINES)}")

@@ -3,28 +3,49 @@
 python benchmarks/compare.py
 python benchmarks/compare.py --suite detection --baselines eager,compile --plot pictures
 python benchmarks/compare.py --case "ce:N=4096,C=80,dtype=bf16,label_smoothing=0.1"
+python benchmarks/compare.py --sweep classes --case "ce:N=256,C=10,dtype=bf16" --plot pictures
+python benchmarks/compare.py --diff before.json after.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+# torch.compile's own cache would hide how long it takes to compile.
+_inductor = tempfile.TemporaryDirectory(prefix="compare-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 
 try:
-    from cases import BASELINES, DTYPES, LOSSES, OURS, SUITES, Case, CaseError, Unavailable
+    from baselines import BASELINES, OURS, Unavailable
+    from cases import DTYPES, LOSSES, SUITES, SWEEPS, Case, CaseError
 except ImportError as error:
     sys.exit(f"fused_losses cannot be imported ({error}); run: pip install --no-build-isolation .")
-from measure import Call, PeakMemory, copy_bandwidth, error, exact, times
-from report import draw, environment, geometric_means, print_report
+from environment import environment  # noqa: E402
+from measure import (  # noqa: E402
+    Call,
+    Copy,
+    PeakMemory,
+    Spread,
+    error,
+    exact,
+    input_sets,
+    is_warm,
+    last_level_cache,
+    times,
+)
+from report import geometric_means, print_diff, print_report  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,17 +54,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog=f"losses of --case: {', '.join(LOSSES)}; e.g. ce:N=2,C=19,H=256,W=512,ignore_index=255",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--suite", choices=[*SUITES, "all"], help="all, unless --case or --sweep is given")
     parser.add_argument("--case", action="append", metavar="CASE", help="instead of a suite; may be repeated")
     parser.add_argument(
-        "--baselines", default="eager", help=f"any of {','.join(BASELINES)}; ratios are to the first"
+        "--sweep",
+        action="append",
+        choices=SWEEPS,
+        help="time over many sizes of --case, or of cross entropy; may be repeated",
+    )
+    parser.add_argument(
+        "--baselines",
+        default="eager",
+        help=f"any of {','.join(BASELINES)}; what is not installed is left out",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="for every case, instead of its own")
     parser.add_argument("--rounds", type=int, help="rounds the medians are taken over; 11, or 5 with --quick")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer and shorter rounds, half the sizes of a sweep"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads, otherwise torch's choice")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write compare.png there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="DIR", help="write a picture for each suite and sweep there"
+    )
+    parser.add_argument(
+        "--diff",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="set two files of --json side by side; runs nothing",
+    )
     options = parser.parse_args(arguments)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,100 +94,166 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    suites = SUITES if options.suite == "all" else [options.suite]
-    specs = options.case or [spec for suite in suites for spec in SUITES[suite]]
+    options.baselines = list(dict.fromkeys(filter(None, options.baselines.split(","))))
+    if unknown := [name for name in options.baselines if name not in BASELINES]:
+        parser.error(f"--baselines: no {unknown[0]!r}; there are {', '.join(BASELINES)}")
     try:
-        options.cases = [Case.parse(spec, options.dtype) for spec in specs]
+        _choose_cases(options)
     except CaseError as error:
         parser.error(str(error))
-    options.baselines = list(dict.fromkeys(filter(None, options.baselines.split(","))))
     return options
 
 
-def measure(
-    case: Case, options: argparse.Namespace, peak: PeakMemory, left_out: dict[str, str]
-) -> dict[str, Any]:
-    """Everything about one case; baselines that cannot run go to `left_out` with their reason."""
-    logits, target = case.inputs(options.device)
-    reference = exact(case, logits, target)
-    calls: dict[str, Call] = {}
-    found: dict[str, dict[str, Any]] = {}
-    for name in [*options.baselines, *OURS]:
-        try:
-            call = Call(case, name, logits, target)
-            start = time.perf_counter()
-            value, gradient = call()
-            found[name] = {
-                "first_call": time.perf_counter() - start,
-                "value_error": error(value, reference[0]),
-                "gradient_error": error(gradient, reference[1]),
-            }
-            calls[name] = call
-        except Unavailable as reason:
-            left_out.setdefault(name, str(reason))
-        except Exception as reason:
-            if name in OURS:
-                raise
-            left_out[f"{name} on {case.label}"] = str(reason).partition("\n")[0] or type(reason).__name__
-    del reference, value, gradient
-    spreads = times(calls, options.device, options.rounds, 0.01 if options.quick else 0.1)
-    for name in calls:
-        found[name] |= {part: asdict(spread) for part, spread in spreads[name].items()}
-        found[name]["bytes_per_second"] = case.floor_bytes / spreads[name]["both"].median
-        found[name]["extra_bytes"] = peak(case, name)
-    baselines = [name for name in options.baselines if name in calls]
-    return {
-        "case": case.spec,
-        "label": case.label,
-        "shape": case.shape,
-        "dtype": case.dtype,
-        "logits_bytes": case.logits_bytes,
-        "ratio_to": next(iter(baselines), None),
-        "implementations": found,
-        "speedup": {
-            ours: {base: spreads[base]["both"].median / spreads[ours]["both"].median for base in baselines}
-            for ours in OURS
-            if ours in calls
-        },
-    }
+def _choose_cases(options: argparse.Namespace) -> None:
+    """The cases a suite, and the points a sweep."""
+    cases = [Case.parse(spec, options.dtype) for spec in options.case or []]
+    options.suites, options.sweeps = {}, {}
+    if cases and not options.sweep:
+        options.suites["cases"] = cases
+    elif options.suite or not options.sweep:
+        for suite in SUITES if options.suite in (None, "all") else [options.suite]:
+            options.suites[suite] = [Case.parse(spec, options.dtype) for spec in SUITES[suite]]
+    for sweep in options.sweep or []:
+        dim, sizes, default = SWEEPS[sweep]
+        base = cases or [Case.parse(default, options.dtype)]
+        if len(base) > 1:
+            raise CaseError(f"--sweep {sweep}: one --case, not {len(base)}")
+        chosen = sorted({*sizes[::2], sizes[-1]}) if options.quick else sizes
+        options.sweeps[sweep] = [base[0].sized(**{dim: size}) for size in chosen]
+
+
+class Comparison:
+    """What stays the same from case to case, and what was left out."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.device = options.device
+        self.environment = environment(self.device, last_level_cache(self.device))
+        self.cache = self.environment["last_level_cache_bytes"]
+        self.copy = Copy(self.device, self.cache)
+        self.peak = PeakMemory(self.device)
+        self.left_out: dict[str, str] = {}
+
+    def measure(self, case: Case, with_memory: bool = True) -> dict[str, Any]:
+        """Everything about one case; what cannot run goes to `left_out` with its reason."""
+        self.copy.sample()
+        sets = input_sets(case, self.device, self.cache)
+        calls, found = self._first_calls(case, sets)
+        spreads = times(calls, self.device, self.options.rounds, 0.01 if self.options.quick else 0.1)
+        for name, call in calls.items():
+            found[name] |= {part: asdict(spread) for part, spread in spreads[name].items()}
+            found[name]["bytes_per_second"] = case.floor_bytes / spreads[name]["both"].median
+            found[name]["queued_ahead"] = call.queued_ahead
+            found[name]["extra_bytes"] = self.peak(case, name) if with_memory else None
+        return {
+            "case": case.spec,
+            "label": case.label,
+            "shape": case.shape,
+            "dims": case.dims,
+            "dtype": case.dtype,
+            "logits_bytes": case.logits_bytes,
+            "floor_bytes": case.floor_bytes,
+            "inputs": "warm" if is_warm(case, self.cache) else "rotating",
+            "input_sets": len(sets),
+            "implementations": found,
+            "speedup": {
+                name: {
+                    base: spreads[base]["both"].median / spreads[name]["both"].median
+                    for base in self.options.baselines
+                    if base in calls
+                }
+                for name in calls
+            },
+        }
+
+    def _first_calls(
+        self, case: Case, sets: list[tuple[torch.Tensor, ...]]
+    ) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+        """The implementations that run, after a call that compiled them, and the errors of that call."""
+        value, gradient = exact(case, sets[0])
+        calls: dict[str, Call] = {}
+        found: dict[str, dict[str, Any]] = {}
+        for name in [*self.options.baselines, *OURS]:
+            try:
+                call = Call(case, name, *sets)
+                start = time.perf_counter()
+                result = call()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                found[name] = {
+                    "first_call": time.perf_counter() - start,
+                    "value_error": error(result[0], value),
+                    "gradient_error": error(result[1], gradient),
+                }
+                calls[name] = call
+            except Unavailable as reason:
+                self.left_out.setdefault(name, str(reason))
+            except Exception as reason:
+                if name in OURS:
+                    raise
+                message = str(reason).partition("\n")[0] or type(reason).__name__
+                self.left_out[f"{name} on {case.label}"] = message
+        return calls, found
+
+    def run(self, progress: Progress) -> dict[str, Any]:
+        chosen = [*self.options.suites.values(), *self.options.sweeps.values()]
+        task = progress.add_task("", total=sum(map(len, chosen)))
+
+        def measure(case: Case, with_memory: bool) -> dict[str, Any]:
+            progress.update(task, description=case.label)
+            measured = self.measure(case, with_memory)
+            progress.advance(task)
+            return measured
+
+        cases = [
+            {"suite": suite} | measure(case, True)
+            for suite, cases in self.options.suites.items()
+            for case in cases
+        ]
+        sweeps = {
+            sweep: {"dim": SWEEPS[sweep][0], "points": [measure(case, False) for case in points]}
+            for sweep, points in self.options.sweeps.items()
+        }
+        self.peak.close()
+        return {
+            "environment": self.environment,
+            "rounds": self.options.rounds,
+            "quick": self.options.quick,
+            "baselines": self.options.baselines,
+            "copy_bytes_per_second": asdict(Spread.of(self.copy.samples)),
+            "cases": cases,
+            "sweeps": sweeps,
+            "geometric_mean": geometric_means(cases),
+            "left_out": [{"name": name, "reason": reason} for name, reason in self.left_out.items()],
+        }
 
 
 def main() -> None:
     options = parse()
+    # Three baselines fit into 100 columns.
+    console = (
+        Console() if sys.stdout.isatty() else Console(width=100 + 8 * max(0, len(options.baselines) - 3))
+    )
+    if options.diff:
+        print_diff(console, *options.diff)
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
-    console = Console() if sys.stdout.isatty() else Console(width=100)
     for path in (options.plot, options.json and options.json.parent):
         if path:
             path.mkdir(parents=True, exist_ok=True)
-    peak = PeakMemory(options.device)
-    left_out: dict[str, str] = {}
-    cases: list[dict[str, Any]] = []
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("copy", total=len(options.cases))
-        bandwidth = copy_bandwidth(options.device)
-        for case in options.cases:
-            progress.update(task, description=case.label)
-            cases.append(measure(case, options, peak, left_out))
-            progress.advance(task)
-    peak.close()
-    report = {
-        "environment": environment(options.device),
-        "rounds": options.rounds,
-        "quick": options.quick,
-        "copy_bytes_per_second": bandwidth,
-        "cases": cases,
-        "geometric_mean": geometric_means(cases),
-        "left_out": [{"name": name, "reason": reason} for name, reason in left_out.items()],
-    }
+        report = Comparison(options).run(progress)
     print_report(console, report)
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1))
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
         console.print(f"wrote {options.json}")
     if options.plot:
-        draw(report, options.plot / "compare.png")
-        console.print(f"wrote {options.plot / 'compare.png'}")
+        from pictures import draw  # matplotlib takes a second
+
+        for path in draw(report, options.plot):
+            console.print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,201 +1,268 @@
-"""What compare.py found, as a table, as JSON and as a picture. All of them read the same dictionary."""
+"""What compare.py found, as tables in a terminal. pictures.py draws the same dictionary."""
 
 from __future__ import annotations
 
+import json
 import math
-import os
-import platform
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from cases import OURS
+from baselines import OURS
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import fused_losses
-import fused_losses._C as native
-
-COLOURS = {
-    "fused": "#1b7f5c",
-    "in place": "#8fd0b5",
-    "eager": "#b0b0b0",
-    "compile": "#5b7fb5",
-    "torchvision": "#c9954c",
-}
-
-
-def environment(device: str) -> dict[str, Any]:
-    """All that a reader needs to judge whether the numbers concern his machine."""
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "fused_losses": fused_losses.__version__,
-        "fused_losses_cpu_level": native.cpu_level(),
-        "fused_losses_cuda_architectures": native.cuda_architectures(),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
-def geometric_means(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Speed-up of each of ours over each baseline, over the cases both of them ran."""
-    ratios: dict[str, dict[str, list[float]]] = {}
-    for case in cases:
-        for ours, speedups in case["speedup"].items():
-            for baseline, ratio in speedups.items():
-                ratios.setdefault(ours, {}).setdefault(baseline, []).append(ratio)
-    return {
-        ours: {baseline: math.exp(sum(map(math.log, found)) / len(found)) for baseline, found in row.items()}
-        for ours, row in ratios.items()
-    }
-
-
-# -- table -----------------------------------------------------------------------------------------------------
-
-COLUMNS = {"": 11, "forward": 8, "backward": 8, "both": 8, "±": 4, "ratio": 7, "GB/s": 6, "of copy": 7,
-           "memory": 9, "value": 7, "gradient": 8}  # fmt: skip
 NOTES = (
-    "Times are medians over the rounds, ± half the distance of their quartiles; ratio is to the first baseline. "
-    "GB/s counts the logits read once and the gradient written once, whatever was moved; what fits a cache can "
-    "exceed the copy. memory is the peak beyond the inputs, the gradient included. value and gradient are the "
-    "largest errors against fp64, relative to the largest element."
+    "Times are medians over interleaved rounds, ± half the distance of the quartiles; 2.00x under times "
+    "eager is twice as fast as eager. GB/s counts the logits read once and the gradient written once, whatever was "
+    "moved; of copy is its share of a large copy's. Warm inputs are the same in every call and sit in a cache, where GB/s can exceed the "
+    "copy; rotating ones are several sets in turn, twice the last-level cache together, so that every call reads "
+    "memory. In place works on a copy made outside of the clock. memory is the peak beyond the inputs, the gradient "
+    "included. Errors are the largest of value and of gradient against fp64, relative to the largest element."
 )
 
 
-def _seconds(value: float) -> str:
+def geometric_means(cases: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Speed-up of each of ours over each baseline, over the cases both ran: for each suite, and for all."""
+    ratios: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for case in cases:
+        for ours in OURS:
+            for baseline, ratio in case["speedup"].get(ours, {}).items():
+                for suite in (case["suite"], "all"):
+                    row = ratios.setdefault(suite, {}).setdefault(ours, {})
+                    row.setdefault(baseline, []).append(ratio)
+    return {
+        suite: {
+            ours: {
+                baseline: math.exp(sum(map(math.log, found)) / len(found)) for baseline, found in row.items()
+            }
+            for ours, row in rows.items()
+        }
+        for suite, rows in ratios.items()
+    }
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------
+
+
+def seconds(value: float) -> str:
+    if value == 0:
+        return "0"
     unit, scale = next(
         ((u, s) for u, s in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)) if value >= s), ("ns", 1e-9)
     )
-    digits = max(0, 2 - int(math.log10(value / scale))) if value > 0 else 0
+    digits = max(0, 2 - int(math.log10(value / scale)))
     return f"{value / scale:.{digits}f} {unit}"
 
 
 def _bytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.1f} MB"
+    return "-" if value is None else f"{value / 1e6:.{0 if value >= 1e8 else 1}f} MB"
+
+
+def _spread(found: dict[str, float]) -> str:
+    spread = (found["high"] - found["low"]) / 2 / found["median"]
+    return f"{spread:.0%}" if spread < 1 else ">99%"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+def state(case: dict[str, Any]) -> str:
+    """Whether the inputs were in a cache."""
+    return case["inputs"] if case["input_sets"] == 1 else f"{case['inputs']} over {case['input_sets']} sets"
+
+
+# -- tables ----------------------------------------------------------------------------------------------------
+
+
+def _table(title: Text, columns: dict[str, int], show_header: bool) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), show_header=show_header)
+    for index, (heading, width) in enumerate(columns.items()):
+        table.add_column(heading, width=width, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def _title(case: dict[str, Any]) -> Text:
+    return Text.assemble((case["label"], "bold"), (f"  {state(case)}", "dim"))
+
+
+def _baselines(report: dict[str, Any]) -> list[str]:
+    """Those that ran somewhere, in the order they were asked for."""
+    points = [*report["cases"], *(point for sweep in report["sweeps"].values() for point in sweep["points"])]
+    return [name for name in report["baselines"] if any(name in case["implementations"] for case in points)]
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
-    environment = report["environment"]
-    console.print(
-        f"{environment['device_name']}, {environment['threads']} thread(s), torch {environment['torch']}, "
-        f"fused_losses on {environment['fused_losses_cpu_level']}; "
-        f"a large copy moves {report['copy_bytes_per_second'] / 1e9:.1f} GB/s",
-        highlight=False,
-    )
-    for index, case in enumerate(report["cases"]):
-        baseline = case["ratio_to"]
-        table = Table(
-            title=Text(case["label"], style="bold"),
-            title_justify="left",
-            box=None,
-            padding=(0, 1, 0, 0),
-            show_header=index == 0,
-        )
-        for heading, width in COLUMNS.items():
-            table.add_column(heading, width=width, justify="right" if heading else "left", no_wrap=True)
-        for name, found in case["implementations"].items():
-            both = found["both"]["median"]
-            spread = (found["both"]["high"] - found["both"]["low"]) / 2 / both
-            ratio = case["implementations"][baseline]["both"]["median"] / both if baseline else math.nan
-            table.add_row(
-                name,
-                *(_seconds(found[part]["median"]) for part in ("forward", "backward", "both")),
-                f"{spread:.0%}" if spread < 1 else ">99%",
-                f"{ratio:.2f}x" if baseline else "-",
-                f"{found['bytes_per_second'] / 1e9:.2f}",
-                f"{found['bytes_per_second'] / report['copy_bytes_per_second']:.0%}",
-                _bytes(found["extra_bytes"]),
-                f"{found['value_error']:.0e}",
-                f"{found['gradient_error']:.0e}",
-                style="green" if name in OURS else "",
-            )
-        console.print(table)
-    if report["cases"]:
+    print_environment(console, report)
+    _print_cases(console, report)
+    for name, sweep in report["sweeps"].items():
+        _print_sweep(console, name, sweep, report)
+    if report["cases"] or report["sweeps"]:
         console.print(f"\n{NOTES}", style="dim", highlight=False)
-    for ours, row in report["geometric_mean"].items():
-        for baseline, ratio in row.items():
-            count = sum(baseline in case["speedup"].get(ours, {}) for case in report["cases"])
-            console.print(
-                f"{ours}: {ratio:.2f} times as fast as {baseline} (geometric mean of {count} cases)",
-                style="bold",
-            )
+    _print_remarks(console, report)
+    means = report["geometric_mean"]
+    for suite, rows in means.items() if len(means) > 2 else [("all", means["all"])] if means else []:
+        for ours, row in rows.items():
+            ratios = ", ".join(f"{ratio:.2f} x {baseline}" for baseline, ratio in row.items())
+            console.print(f"geometric mean, {suite}: {ours} {ratios}", style="bold" if suite == "all" else "")
     for entry in report["left_out"]:
         console.print(f"left out: {entry['name']}: {entry['reason']}", style="yellow", highlight=False)
 
 
-# -- picture ---------------------------------------------------------------------------------------------------
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Speed-up and peak memory of every case, side by side."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    cases = report["cases"]
-    names = [name for name in COLOURS if any(name in case["implementations"] for case in cases)]
-    bar = 0.8 / len(names)
-    figure = Figure(figsize=(14, 2.2 + len(cases) * (0.2 * len(names) + 0.1)), layout="constrained")
-    speed, memory = figure.subplots(1, 2, sharey=True)
-    for index, name in enumerate(names):
-        for row, case in enumerate(cases):
-            found = case["implementations"].get(name)
-            if not found:
-                continue
-            place = row + (index - (len(names) - 1) / 2) * bar
-            style = {"color": COLOURS[name]}
-            if case["ratio_to"] not in (None, name):
-                ratio = case["implementations"][case["ratio_to"]]["both"]["median"] / found["both"]["median"]
-                # On a log axis a bar has no natural zero: it grows from 1, where both are equally fast.
-                bars = speed.barh(place, ratio - 1, bar, left=1, **style)
-                speed.bar_label(
-                    bars, [f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"], padding=3, fontsize=8
-                )
-            # Resident size counts whole pages and what the interpreter does meanwhile: too coarse for small logits.
-            if found["extra_bytes"] is not None and case["logits_bytes"] >= 1_000_000:
-                bars = memory.barh(place, found["extra_bytes"] / case["logits_bytes"], bar, **style)
-                memory.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    speed.set_yticks(range(len(cases)), [case["label"] for case in cases])
-    speed.set_ylim(len(cases) - 0.5, -0.5)
-    speed.set_xscale("log", base=2)
-    speed.xaxis.set_major_formatter("{x:g}")
-    low, high = speed.get_xlim()
-    speed.set_xlim(min(low, 0.8), max(high, 2) * 1.2)
-    speed.axvline(1, color="black", linewidth=0.8)
-    baselines = sorted({case["ratio_to"] for case in cases} - {None})
-    speed.set_title(f"Speed of forward + backward, in times {' or '.join(baselines)}", fontsize=11)
-    speed.set_xlabel("log axis")
-    memory.set_xlim(0, max(memory.get_xlim()[1], 2) * 1.05)
-    memory.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    memory.set_title("Peak memory beyond the inputs, in sizes of the logits", fontsize=11)
-    memory.set_xlabel("dotted: the gradient alone; logits under 1 MB left out")
-    for axes in (speed, memory):
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-    handles = [Patch(color=COLOURS[name], label=name) for name in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
-    environment = report["environment"]
-    figure.suptitle(
+def print_environment(console: Console, report: dict[str, Any]) -> None:
+    environment, copy = report["environment"], report["copy_bytes_per_second"]
+    console.print(
         f"{environment['device_name']}, {environment['threads']} thread(s), torch {environment['torch']}, "
-        f"{environment['date'][:10]}"
+        f"fused_losses {environment['fused_losses_commit'] or environment['fused_losses']} "
+        f"on {environment['fused_losses_cpu_level']}, {environment['date'][:10]}; "
+        f"a large copy moves {copy['median'] / 1e9:.1f} GB/s ± {_spread(copy)}, "
+        f"the last-level cache holds {environment['last_level_cache_bytes'] / 2**20:.0f} MiB",
+        highlight=False,
     )
-    figure.savefig(path, dpi=110)
+    if warning := busy(environment):
+        console.print(warning, style="red", highlight=False)
+
+
+def busy(environment: dict[str, Any]) -> str:
+    """A warning where others were using the CPU when the run began."""
+    load, cpus = environment["load_average"], environment["cpu_count"]
+    if load <= cpus / 2:
+        return ""
+    return f"Others were using the machine (load average {load:.1f} on {cpus} CPUs): these times are worth little."
+
+
+def _print_cases(console: Console, report: dict[str, Any]) -> None:
+    baselines = _baselines(report)
+    columns = {"": max(map(len, ["in place", *baselines])), "forward": 7, "back-\nward": 7, "both": 7, "±": 4}
+    columns |= {f"times\n{name}": max(7, len(name)) for name in baselines}
+    columns |= {"GB/s": 5, "of\ncopy": 4, "memory": 7, "value\nerror": 5, "grad.\nerror": 5}
+    suite = None
+    for case in report["cases"]:
+        if suite != case["suite"]:
+            console.print(f"\n{case['suite']}", style="bold underline")
+        table = _table(_title(case), columns, show_header=suite != case["suite"])
+        suite = case["suite"]
+        for name, found in case["implementations"].items():
+            rate = found["bytes_per_second"]
+            table.add_row(
+                name,
+                *(seconds(found[part]["median"]) for part in ("forward", "backward", "both")),
+                _spread(found["both"]),
+                *(_ratio(case["speedup"][name].get(baseline)) for baseline in baselines),
+                f"{rate / 1e9:.{1 if rate < 1e12 else 0}f}",
+                f"{rate / report['copy_bytes_per_second']['median']:.0%}",
+                _bytes(found["extra_bytes"]),
+                _error(found["value_error"]),
+                _error(found["gradient_error"]),
+                style="green" if name in OURS else "",
+            )
+        console.print(table)
+
+
+def _print_sweep(console: Console, name: str, sweep: dict[str, Any], report: dict[str, Any]) -> None:
+    """Forward + backward of every implementation, a line a size; the floor beside them."""
+    names = [*_baselines(report), *OURS]
+    columns = {name: 8, "inputs": 20} | {name: max(8, len(name)) for name in names} | {"at copy speed": 13}
+    console.print(f"\n{name}, from {sweep['points'][0]['label']} on", style="bold underline")
+    table = _table(Text(), columns, show_header=True)
+    for case in sweep["points"]:
+        found = case["implementations"]
+        table.add_row(
+            str(case["dims"][sweep["dim"]]),
+            state(case),
+            *(seconds(found[name]["both"]["median"]) if name in found else "-" for name in names),
+            seconds(case["floor_bytes"] / report["copy_bytes_per_second"]["median"]),
+        )
+    console.print(table)
+
+
+def _print_remarks(console: Console, report: dict[str, Any]) -> None:
+    found = [case["implementations"] for case in report["cases"]]
+    compiled = [row["compile"]["first_call"] for row in found if "compile" in row]
+    if compiled:
+        console.print(
+            f"compile took {min(compiled):.1f} to {max(compiled):.1f} s a case before its first result; "
+            "not counted above",
+            style="dim",
+            highlight=False,
+        )
+    if waiting := sorted({name for row in found for name in row if not row[name]["queued_ahead"]}):
+        console.print(
+            f"{', '.join(waiting)} could not be queued ahead of the device in every case: those times include "
+            "waiting for the host",
+            style="dim",
+            highlight=False,
+        )
+
+
+# -- two runs side by side -------------------------------------------------------------------------------------
+
+ENVIRONMENT = (
+    "device_name",
+    "threads",
+    "torch",
+    "fused_losses_commit",
+    "fused_losses_cpu_level",
+    "load_average",
+)
+
+
+def print_diff(console: Console, a_path: Path, b_path: Path) -> None:
+    """Forward + backward of what two reports have in common, and what changed by more than both spreads."""
+    a, b = (json.loads(path.read_text()) for path in (a_path, b_path))
+    for letter, path, report in (("A", a_path, a), ("B", b_path, b)):
+        environment = report["environment"]
+        console.print(f"{letter}: {path}, {environment['date']}", style="bold", highlight=False)
+    for key in ENVIRONMENT:
+        before, after = a["environment"][key], b["environment"][key]
+        if before != after:
+            console.print(f"   {key}: {before} -> {after}", highlight=False)
+    copies = [report["copy_bytes_per_second"]["median"] / 1e9 for report in (a, b)]
+    console.print(f"   copy: {copies[0]:.1f} -> {copies[1]:.1f} GB/s", highlight=False)
+
+    ratios: dict[str, list[float]] = {}
+    others = {case["case"]: case for case in b["cases"]}
+    columns = {"": 12, "A": 9, "± A": 5, "B": 9, "± B": 5, "B is": 13}
+    shown = False
+    for case in a["cases"]:
+        other = others.pop(case["case"], None)
+        if other is None:
+            console.print(f"only in A: {case['label']}", style="yellow", highlight=False)
+            continue
+        table = _table(_title(case), columns, show_header=not shown)
+        shown = True
+        for name in [name for name in case["implementations"] if name in other["implementations"]]:
+            before, after = (run["implementations"][name]["both"] for run in (case, other))
+            ratios.setdefault(name, []).append(before["median"] / after["median"])
+            verdict, style = _verdict(before, after)
+            table.add_row(
+                name,
+                *(
+                    seconds(before["median"]),
+                    _spread(before),
+                    seconds(after["median"]),
+                    _spread(after),
+                    verdict,
+                ),
+                style=style,
+            )
+        console.print(table)
+    for case in others.values():
+        console.print(f"only in B: {case['label']}", style="yellow", highlight=False)
+    for name, found in ratios.items():
+        mean = math.exp(sum(map(math.log, found)) / len(found))
+        console.print(f"geometric mean of {len(found)}: {name} {mean:.2f} times as fast in B", style="bold")
+    console.print("faster and slower: the quartiles of A and B do not overlap", style="dim")
+
+
+def _verdict(before: dict[str, float], after: dict[str, float]) -> tuple[str, str]:
+    if after["high"] < before["low"]:
+        return f"{before['median'] / after['median']:.2f}x faster", "green"
+    if after["low"] > before["high"]:
+        return f"{after['median'] / before['median']:.2f}x slower", "red"
+    return "the same", "dim"

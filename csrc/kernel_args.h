@@ -53,4 +53,16 @@ struct SoftmaxArgs {
   double label_smoothing, gamma;
 };
 
+// The classification cost of an assigner: every ground truth with every anchor.
+struct PairwiseArgs {
+  DType dtype;
+  int64_t anchors, classes, truths;
+  const void* logits;                // [A, C] by the strides below
+  int64_t anchor_stride, class_stride;
+  const void* objectness;            // [A] of the logits' dtype, or nullptr
+  int64_t objectness_stride;
+  const int64_t* index;              // [G] classes of the ground truths
+  void* cost;                        // [G, A] contiguous, of the compute dtype
+};
+
 }  // namespace fused_losses

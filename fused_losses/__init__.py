@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from . import functional
+from .adapters import register_adapter
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
 from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
+from .patch import patch_torch
+from .replace import replace_criterion
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,4 +19,7 @@ __all__ = [
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
     "functional",
+    "patch_torch",
+    "register_adapter",
+    "replace_criterion",
 ]

@@ -8,8 +8,8 @@ by `reference`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,34 +21,57 @@ from ._ops import LossOps, scale_
 Tensors = tuple[Tensor | None, ...]
 Options = tuple[Any, ...]
 
+_recording = torch.is_grad_enabled
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Stored(Function):
     @staticmethod
-    def forward(loss: LossOps, inplace: bool, input: Tensor, tensors: Tensors, options: Options) -> Any:
-        if not inplace:
-            return loss.train(input, *tensors, *options)
+    def forward(
+        loss: LossOps, input: Tensor, tensors: Tensors, options: Options, made: list[Tensor]
+    ) -> Tensor:
+        # The gradient leaves by a list: as a second output, autograd would wrap it twice.
+        value, gradient = loss.train(input, *tensors, *options)
+        made.append(gradient)
+        return value
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.loss, input, tensors, ctx.options, made = inputs
+        ctx.save_for_backward(made.pop(), input, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        gradient, *args = ctx.saved_tensors
+        if _recording():
+            gradient = _differentiable(ctx, upstream, args)
+        elif _keep_graph():  # the saved gradient serves again
+            gradient = gradient * upstream
+        else:
+            _scale(gradient, upstream)
+        return None, gradient, None, None, None
+
+
+class Overwritten(Function):
+    """`Stored`, with the gradient where the logits were."""
+
+    @staticmethod
+    def forward(loss: LossOps, input: Tensor, tensors: Tensors, options: Options) -> Any:
         value = loss.train_(input, *tensors, *options)
         return value if _is_view(input) else (value, input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.loss, ctx.inplace, input, tensors, ctx.options = inputs
+        # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
+        # gradient's numbers. torch allows that beside another output only where they are no view; a view's
+        # users are caught by the version counter, as far as they keep the logits for their own backward.
+        input = inputs[1]
+        if _is_view(input):
+            increment_version(input)
+        else:
+            ctx.mark_dirty(input)
         ctx.set_materialize_grads(False)
-        if ctx.inplace:
-            # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
-            # gradient's numbers. torch allows that beside another output only where they are no view; a view's
-            # users are caught by the version counter, as far as they keep the logits for their own backward.
-            if _is_view(input):
-                increment_version(input)
-            else:
-                ctx.mark_dirty(input)
-            ctx.save_for_backward(input)
-            return
-        gradient = output[1]
-        ctx.mark_non_differentiable(gradient)
-        ctx.save_for_backward(gradient, input, *tensors)
+        ctx.save_for_backward(input)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, of_logits: Tensor | None = None) -> Any:
@@ -58,20 +81,12 @@ class Stored(Function):
                 "inplace operation: they hold its gradient. Use them before the loss, or inplace_backward=False"
             )
         if upstream is None:
-            return None, None, None, None, None
-        gradient, *args = ctx.saved_tensors
-        if ctx.inplace:
-            _refuse_second_derivative()
-            gradient = gradient.detach()
-            scale_(gradient, upstream)
-            increment_version(gradient)
-        elif torch.is_grad_enabled():
-            gradient = _differentiable(ctx, upstream, args)
-        elif _keep_graph():  # the saved gradient serves again
-            gradient = gradient * upstream
-        else:
-            scale_(gradient, upstream)
-        return None, None, gradient, None, None
+            return None, None, None, None
+        _refuse_second_derivative()
+        gradient = ctx.saved_tensors[0].detach()
+        _scale(gradient, upstream)
+        increment_version(gradient)
+        return None, gradient, None, None
 
 
 class Recomputed(Function):
@@ -92,11 +107,18 @@ class Recomputed(Function):
             gradient = args[0].detach()
             ctx.loss.backward_(upstream, *args, *ctx.options)
             increment_version(gradient)
-        elif torch.is_grad_enabled():
+        elif _recording():
             gradient = _differentiable(ctx, upstream, args)
         else:
             gradient = ctx.loss.backward(upstream, *args, *ctx.options)
         return None, None, gradient, None, None
+
+
+def _scale(gradient: Tensor, upstream: Tensor) -> None:
+    """gradient *= upstream."""
+    # A number in the host's memory is read at once; on a GPU only the kernel may look at it.
+    if not upstream.is_cpu or upstream.item() != 1:
+        scale_(gradient, upstream)
 
 
 def _differentiable(ctx: Any, upstream: Tensor, args: Sequence[Tensor]) -> Tensor:
@@ -106,7 +128,7 @@ def _differentiable(ctx: Any, upstream: Tensor, args: Sequence[Tensor]) -> Tenso
 
 
 def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
+    if _recording():
         raise RuntimeError(
             "inplace_backward=True leaves no logits for a second derivative: use inplace_backward=False with "
             "create_graph=True"
@@ -120,17 +142,31 @@ def evaluate(
 
     `tensors` are constants: the target and the weights, None where absent.
     """
-    if not (input.requires_grad and torch.is_grad_enabled()):
+    if not (input.requires_grad and _recording()):
         return loss.forward(input, *tensors, *options)
     if inplace:
         _require_writable(input)
-    result = _apply(Stored if stored else Recomputed, loss, inplace, input, tensors, options)
-    return cast(Tensor, result[0] if type(result) is tuple else result)
+    result: Any
+    if not stored:
+        result = _recomputed(loss, inplace, input, tensors, options)
+    elif inplace:
+        result = _overwritten(loss, input, tensors, options)
+    else:
+        result = _stored(loss, input, tensors, options, [])
+    value: Tensor = result[0] if type(result) is tuple else result
+    return value
 
 
-def _apply(function: type[Function], *args: Any) -> Any:
-    # Function.apply first binds default arguments by inspect.signature, which takes longer than a small loss.
-    return super(Function, function).apply(*args)  # type: ignore[misc]
+def _applier(function: Any) -> Callable[..., Any]:
+    """`function.apply`, without what takes torch longer than a small loss."""
+    # The node of a Function looks for boxed gradients and for a `vjp` before it calls backward: neither is here.
+    function._backward_cls.apply = function.backward
+    # Function.apply binds default arguments by inspect.signature.
+    apply: Callable[..., Any] = super(Function, function).apply
+    return apply
+
+
+_stored, _overwritten, _recomputed = _applier(Stored), _applier(Overwritten), _applier(Recomputed)
 
 
 def _is_view(tensor: Tensor) -> bool:

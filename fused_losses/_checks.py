@@ -3,15 +3,20 @@
 Two questions, apart: `reachable` says whether the kernels serve these tensors at all; if not, torch's own
 function does. A check then names what is wrong with a call; torch's function decides whether that is an error
 and of which type, the message is ours.
+
+A small loss takes less time than these questions. So where a call is `plain` it goes to the op unasked: the ops
+check all that they are given, too, and only if one objects are the questions asked, and answered in words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import _reduction as torch_reduction
 
@@ -19,9 +24,17 @@ from ._ops import CUDA
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
 REDUCTION_NAMES = ("none", "mean", "sum")
+REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTION_NAMES)}
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _TENSOR_TYPES = frozenset({Tensor, Parameter})
 _MAX_DIMS = 12  # csrc/dtype.h
+_logger = logging.getLogger("fused_losses")
+_logged: set[str] = set()
+
+_autocasting = torch._C._is_any_autocast_enabled
+_transforming = torch._C._are_functorch_transforms_active
+_compiling = torch.compiler.is_compiling
+_tracing = torch._C._is_tracing
 
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -39,10 +52,33 @@ def reduction_code(reduction: str) -> int:
 
 def require_tensors(function: str, **arguments: Any) -> None:
     for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
+        if not isinstance(argument, Tensor) and not hasattr(type(argument), "__torch_function__"):
             raise TypeError(
                 f"{function}(): {name} is {argument!r}; expected a Tensor, not {type(argument).__name__}"
             )
+
+
+def plain(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None
+) -> bool:
+    """Whether an op can be asked straight away: no transformation of the call is under way that an op would not
+    see, and nothing beside the input wants a gradient."""
+    return (
+        type(input) in _TENSOR_TYPES
+        and type(target) in _TENSOR_TYPES
+        and not target.requires_grad
+        and (weight is None or _plain_weight(weight, input))
+        and (pos_weight is None or _plain_weight(pos_weight, input))
+        and forward_ad._current_level < 0
+        and not _transforming()
+        and not _autocasting()
+        and not _compiling()
+        and not _tracing()
+    )
+
+
+def _plain_weight(weight: Tensor, input: Tensor) -> bool:
+    return type(weight) in _TENSOR_TYPES and not weight.requires_grad and weight.dtype == input.dtype
 
 
 def reachable(input: Tensor, *others: Tensor | None) -> bool:
@@ -54,11 +90,12 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
         or input.layout is not torch.strided
         or input.dim() > _MAX_DIMS
         or torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.compiler.is_compiling()
+        or _transforming()
+        or forward_ad._current_level >= 0
+        or _compiling()
+        or _tracing()
     ):
-        return False
+        return _unreachable(input, others)
     for other in others:
         if other is not None and (
             type(other) not in _TENSOR_TYPES
@@ -66,16 +103,65 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
             or other.requires_grad
             or other.layout is not torch.strided
         ):
-            return False
+            return _unreachable(input, others)
     return True
+
+
+def _unreachable(input: Tensor, others: Sequence[Tensor | None]) -> bool:
+    if not torch.compiler.is_compiling() and _logger.isEnabledFor(logging.DEBUG):
+        log_fall_back(_why_unreachable(input, others))
+    return False
+
+
+def _why_unreachable(input: Tensor, others: Sequence[Tensor | None]) -> str:
+    """The cause, in the order of `reachable`'s questions."""
+    if type(input) not in _TENSOR_TYPES:
+        return f"input is a {type(input).__module__}.{type(input).__qualname__}, not a plain Tensor"
+    if not (input.is_cpu or (CUDA and input.is_cuda)):
+        return f"input is on device type {input.device.type!r}, which has no kernels here"
+    if input.dtype not in DTYPES:
+        return f"input has dtype {input.dtype}"
+    if input.layout is not torch.strided:
+        return f"input has layout {input.layout}"
+    if input.dim() > _MAX_DIMS:
+        return f"input has more than {_MAX_DIMS} dimensions"
+    if torch.is_autocast_enabled(input.device.type):
+        return "autocast is enabled"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch._C._is_tracing():
+        return "torch.jit.trace is recording"
+    for other in others:
+        if other is None:
+            continue
+        if type(other) not in _TENSOR_TYPES:
+            return f"target or weight is a {type(other).__module__}.{type(other).__qualname__}, not a plain Tensor"
+        if other.device != input.device:
+            return f"target or weight is on {other.device}, input on {input.device}"
+        if other.requires_grad:
+            return "target or weight requires a gradient"
+        if other.layout is not torch.strided:
+            return f"target or weight has layout {other.layout}"
+    return "a cause not known here"
+
+
+def log_fall_back(cause: str) -> None:
+    """Says, once a cause, at level DEBUG of the logger "fused_losses", that a call did not reach the kernels."""
+    if not torch.compiler.is_compiling() and _logger.isEnabledFor(logging.DEBUG) and cause not in _logged:
+        _logged.add(cause)
+        _logger.debug("not fused: %s", cause)
 
 
 def ask_torch(problem: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """torch's result, where torch has no objection; its type of error with `problem` for a message, where it has."""
     try:
-        return function(*args)
+        result = function(*args)
     except Exception as error:
         raise type(error)(problem) from None
+    log_fall_back(problem)
+    return result
 
 
 def fall_back(function: Callable[..., Tensor], args: tuple[Any, ...], input: Tensor, **others: Any) -> Tensor:

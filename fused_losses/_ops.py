@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C as _C  # type: ignore[attr-defined]
+from . import _C as _C
 
 _cuda = Path(__file__).with_name("_cuda.so")
 CUDA = _cuda.exists() and torch.cuda.is_available()  # whether the ops take CUDA tensors
 if CUDA:
     torch.ops.load_library(str(_cuda))  # type: ignore[no-untyped-call]
 
-scale_: Callable[[Tensor, Tensor], None] = torch.ops.fused_losses.scale_.default
+
+def load_op(name: str) -> Any:
+    return getattr(torch.ops.fused_losses, name).default.op  # without a Python frame of OpOverload
+
+
+scale_: Callable[[Tensor, Tensor], None] = load_op("scale_")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,6 @@ class LossOps:
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor]) -> LossOps:
         def op(suffix: str) -> Any:
-            return getattr(torch.ops.fused_losses, name + suffix).default
+            return load_op(name + suffix)
 
         return LossOps(op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference)

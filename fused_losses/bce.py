@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _torch, reference
 from ._autograd import evaluate
 from ._ops import LossOps
 
@@ -83,16 +83,26 @@ def binary_cross_entropy_with_logits(
     Raises:
         ValueError, RuntimeError, TypeError: where torch's function raises them.
     """
+    if _checks.plain(input, target, weight, pos_weight) and size_average is None and reduce is None:
+        try:
+            code = _checks.REDUCTION_CODES[reduction]
+            stored = code != _checks.NONE and input.dtype is not torch.float16
+            options = (*_NOT_FOCAL, code)
+            return evaluate(
+                _WITH_LOGITS, inplace_backward, stored, input, (target, weight, pos_weight), options
+            )
+        except Exception:
+            pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy_with_logits", input=input, target=target)
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, None, reduction, pos_weight)
     if not _checks.reachable(input, target, weight, pos_weight):
-        function = torch.nn.functional.binary_cross_entropy_with_logits
+        function = _torch.binary_cross_entropy_with_logits
         return _checks.fall_back(function, torch_args, input, weight=weight, pos_weight=pos_weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight, pos_weight=pos_weight)
     if problem is not None:
-        function = torch.nn.functional.binary_cross_entropy_with_logits
+        function = _torch.binary_cross_entropy_with_logits
         return _checks.ask_torch(problem, function, *torch_args)
     stored = code != _checks.NONE and input.dtype != torch.float16
     tensors = (target, weight, pos_weight)
@@ -136,10 +146,18 @@ def binary_cross_entropy(
         RuntimeError: an input outside [0, 1], and a target where torch objects to it.
         ValueError, RuntimeError, TypeError: elsewhere as torch's function.
     """
+    if _checks.plain(input, target, weight) and size_average is None and reduce is None:
+        try:
+            code = _checks.REDUCTION_CODES[reduction]
+            stored = code != _checks.NONE and input.dtype is not torch.float16
+            options = (*_NOT_FOCAL, code)
+            return evaluate(_OPS, False, stored, input, (target, weight, None), options)
+        except Exception:
+            pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy", input=input, target=target)
     code = _checks.reduction_code(reduction)
-    function = torch.nn.functional.binary_cross_entropy
+    function = _torch.binary_cross_entropy
     torch_args = (input, target, weight, None, None, reduction)
     if not _checks.reachable(input, target, weight):
         return _checks.fall_back(function, torch_args, input, weight=weight)
@@ -157,6 +175,8 @@ def binary_cross_entropy(
 
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """`torch.nn.BCEWithLogitsLoss`, fused: see `fused_losses.functional.binary_cross_entropy_with_logits`."""
+
+    inplace_backward: bool = False  # of the class: an instance of torch's that becomes one of ours has none
 
     def __init__(
         self,

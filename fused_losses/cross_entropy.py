@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _torch, reference
 from ._autograd import evaluate
 from ._ops import LossOps
 
@@ -66,15 +66,24 @@ def cross_entropy(
         IndexError: a class index outside [0, C) that is not ignore_index.
         ValueError, RuntimeError, TypeError: where `torch.nn.functional.cross_entropy` raises them.
     """
+    if _checks.plain(input, target, weight) and size_average is None and reduce is None:
+        try:
+            code = _checks.REDUCTION_CODES[reduction]
+            stored = code != _checks.NONE and input.dtype is not torch.float16
+            tensors = (target, weight if weight is None else _checks.compute_weight(weight, input))
+            options = (code, ignore_index, label_smoothing)
+            return evaluate(_OPS, inplace_backward, stored, input, tensors, options)
+        except Exception:
+            pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("cross_entropy", input=input, target=target)
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not _checks.reachable(input, target, weight):
-        return _checks.fall_back(torch.nn.functional.cross_entropy, torch_args, input, weight=weight)
+        return _checks.fall_back(_torch.cross_entropy, torch_args, input, weight=weight)
     problem = _problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
-        return _checks.ask_torch(problem, torch.nn.functional.cross_entropy, *torch_args)
+        return _checks.ask_torch(problem, _torch.cross_entropy, *torch_args)
     if target.dtype == torch.uint8:
         target = target.long()
     stored = code != _checks.NONE and input.dtype != torch.float16
@@ -114,6 +123,8 @@ def _problem(
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss`, fused: see `fused_losses.functional.cross_entropy`."""
+
+    inplace_backward: bool = False  # of the class: an instance of torch's that becomes one of ours has none
 
     def __init__(
         self,

@@ -94,6 +94,15 @@ def _sigmoid_focal(
     reduction: str,
     inplace_backward: bool,
 ) -> Tensor:
+    if _checks.plain(inputs, targets, weight, pos_weight):
+        try:
+            _require_gamma(gamma)
+            code = _checks.REDUCTION_CODES[reduction]
+            stored = code != _checks.NONE and inputs.dtype is not torch.float16
+            tensors, focus = (targets, weight, pos_weight), (alpha_positive, alpha_negative, gamma, code)
+            return evaluate(_SIGMOID, inplace_backward, stored, inputs, tensors, focus)
+        except Exception:
+            pass  # the checks below say why, or it happens again
     _checks.require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
     code = _checks.reduction_code(reduction)
     _require_gamma(gamma)
@@ -155,6 +164,15 @@ def softmax_focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, on a softmax.
     """
+    if alpha is None and _checks.plain(input, target):
+        try:
+            _require_gamma(gamma)
+            code = _checks.REDUCTION_CODES[reduction]
+            stored = code != _checks.NONE and input.dtype is not torch.float16
+            options = (code, ignore_index, gamma)
+            return evaluate(_SOFTMAX, inplace_backward, stored, input, (target, None), options)
+        except Exception:
+            pass  # the checks below say why, or it happens again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
     code = _checks.reduction_code(reduction)
     _require_gamma(gamma)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
+from . import _torch
+
 # Above this log(1 + exp(x)) and x are one number in fp64; torch's default, 20, is right for fp32 only.
 _SOFTPLUS_LINEAR_FROM = 40.0
 
@@ -38,7 +40,7 @@ def cross_entropy(
     """
     if target.shape != input.shape or not target.is_floating_point():
         input = _without_ignored_rows(input, target == ignore_index)
-    loss = torch_functional.cross_entropy(
+    loss = _torch.cross_entropy(
         _wide(input),
         _wide(target),
         None if weight is None else _wide(weight),
@@ -76,7 +78,7 @@ def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, r
     input (probabilities p), target: (*). weight: broadcasts to (*), or None for 1. Returns (*) for "none",
     else ().
     """
-    loss = torch_functional.binary_cross_entropy(
+    loss = _torch.binary_cross_entropy(
         _wide(input), _wide(target), None if weight is None else _wide(weight), reduction=reduction
     )
     return loss.to(input.dtype)
@@ -142,6 +144,29 @@ def softmax_focal_loss(
     else:
         loss = _reduce(loss, reduction)
     return loss.to(input.dtype)
+
+
+def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None) -> Tensor:
+    """Binary cross entropy of every anchor's probabilities p with every ground truth's one-hot target.
+
+        cost[g, a] = sum_c -log(1 - p[a, c]) + log(1 - p[a, y]) - log p[a, y],    y = gt_classes[g]
+        p = sigmoid(x), or sqrt(sigmoid(x) sigmoid(o)) with an objectness logit o an anchor
+
+    logits: (A, C). gt_classes: (G). objectness: (A) or None. Returns (G, A), fp32 for fp16 and bf16. Logarithms are
+    taken for at least -100, as torch's binary_cross_entropy does.
+    """
+    x = _wide(logits)
+    log_p, log_not_p = torch_functional.logsigmoid(x), torch_functional.logsigmoid(-x)
+    if objectness is not None:
+        o = _wide(objectness).unsqueeze(1)
+        # 1 - p^2 = sigmoid(-x) + sigmoid(x) sigmoid(-o) = (1 - p) (1 + p); a small p needs 1 - p itself
+        log_rest = torch.logaddexp(log_not_p, log_p + torch_functional.logsigmoid(-o))
+        log_p = (log_p + torch_functional.logsigmoid(o)) / 2
+        p = log_p.exp()
+        log_not_p = torch.where(p < 0.5, torch.log1p(-p.clamp(max=0.5)), log_rest - torch.log1p(p))
+    log_p, log_not_p = log_p.clamp_min(-100), log_not_p.clamp_min(-100)
+    others = log_not_p.sum(1, keepdim=True) - log_not_p.index_select(1, gt_classes)
+    return -(others + log_p.index_select(1, gt_classes)).t().contiguous()
 
 
 def _logistic_loss(x: Tensor, t: Tensor, pos_weight: Tensor | None) -> Tensor:

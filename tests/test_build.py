@@ -148,9 +148,9 @@ def test_sdist_holds_every_source(sdist: Path) -> None:
 def test_wheel_holds_every_header_and_no_leavings(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert inside(names, "fused_losses/include/") == headers()
-    assert inside(names, "fused_losses/") >= {path.name for path in ROOT.glob("fused_losses/*.py")} | {
-        "py.typed"
-    }
+    package = ROOT / "fused_losses"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert inside(names, "fused_losses/") >= modules | {"py.typed"}
     assert not inside(names, "fused_losses/") & {"_cuda.so", "forgotten.py"}
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fused_losses"}
 

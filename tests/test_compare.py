@@ -3,54 +3,155 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-COMPARE = Path(__file__).parent.parent / "benchmarks" / "compare.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+COMPARE = BENCHMARKS / "compare.py"
 
 
-def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, COMPARE, *arguments], capture_output=True, text=True, timeout=300)
+def run(*command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=BENCHMARKS,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
-def test_table_json_and_picture(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+    """One run with everything: what it printed, where it wrote, and what it says it measured."""
     pytest.importorskip("matplotlib")
-    file, pictures = tmp_path / "new" / "compare.json", tmp_path / "pictures"
-    result = compare(
-        *("--quick", "--rounds", "3", "--threads", "1", "--device", "cpu", "--baselines", "eager,nonesuch"),
-        *("--case", "ce:N=33,C=7,dtype=bf16,label_smoothing=0.1", "--case", "bce:N=8,C=3,reduction=none"),
-        *("--json", str(file), "--plot", str(pictures)),
+    folder = tmp_path_factory.mktemp("compare") / "new"
+    cases = (
+        "ce:N=33,C=7,dtype=bf16,label_smoothing=0.1",
+        "bce:N=8,C=3,reduction=none",
+        "focal:N=8,C=3,gamma=1.5",
+    )
+    result = run(
+        COMPARE,
+        *("--quick", "--rounds", "3", "--threads", "1", "--device", "cpu"),
+        *("--baselines", "eager,torchvision,liger"),
+        *("--json", folder / "a.json", "--plot", folder / "pictures"),
+        *(word for case in cases for word in ("--case", case)),
+        PYTHONPATH=f"{fake_packages(folder.parent)}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     )
     assert result.returncode == 0, result.stderr
-    assert (pictures / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "cross entropy 33 x 7, bf16, label_smoothing=0.1" in result.stdout
-    assert "left out: nonesuch" in result.stdout
-    assert max(map(len, result.stdout.splitlines())) <= 100
+    return result.stdout, folder, json.loads((folder / "a.json").read_text())
 
-    report = json.loads(file.read_text())
+
+def fake_packages(folder: Path) -> Path:
+    """A torchvision with the one function it is asked for. There is no liger."""
+    ops = folder / "site" / "torchvision" / "ops"
+    ops.mkdir(parents=True)
+    (ops.parent / "__init__.py").touch()
+    (ops / "__init__.py").write_text("from baselines import sigmoid_focal_loss\n")
+    return folder / "site"
+
+
+def test_table(found: tuple[str, Path, dict[str, Any]]) -> None:
+    printed, _, _ = found
+    assert "cross entropy 33 x 7, bf16, label_smoothing=0.1  warm" in printed
+    assert "  eager torchvision" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "…" not in printed
+    assert "left out: torchvision: it has focal only" in printed
+    assert "left out: liger: cannot be imported" in printed
+
+
+def test_json(found: tuple[str, Path, dict[str, Any]]) -> None:
+    _, _, report = found
     assert report["rounds"] == 3
-    assert report["copy_bytes_per_second"] > 0
-    assert report["environment"]["threads"] == 1
-    assert {"date", "cpu", "torch", "python", "fused_losses_cpu_level"} <= report["environment"].keys()
-    assert {"nonesuch", "in place"} == {entry["name"] for entry in report["left_out"]}
+    copy = report["copy_bytes_per_second"]
+    assert 0 < copy["low"] <= copy["median"] <= copy["high"]
+    environment = report["environment"]
+    assert environment["threads"] == 1
+    assert environment["last_level_cache_bytes"] > 0
+    assert {
+        "date",
+        "cpu",
+        "torch",
+        "torch_build",
+        "load_average",
+        "fused_losses_cpu_level",
+    } <= environment.keys()
+    assert {"torchvision", "liger", "in place"} == {entry["name"] for entry in report["left_out"]}
 
-    first, second = report["cases"]
+    first, second, third = report["cases"]
     assert set(first["implementations"]) == {"eager", "fused", "in place"}
     assert set(second["implementations"]) == {"eager", "fused"}
-    for case in (first, second):
-        for found in case["implementations"].values():
-            assert 0 < found["both"]["low"] <= found["both"]["median"] <= found["both"]["high"]
-            assert found["bytes_per_second"] > 0
-            assert 0 <= found["value_error"] < 1e-2
-            assert 0 <= found["gradient_error"] < 1e-2
-        times = {name: found["both"]["median"] for name, found in case["implementations"].items()}
+    assert set(third["implementations"]) == {"eager", "torchvision", "fused", "in place"}
+    for case in report["cases"]:
+        assert case["inputs"] == "warm"
+        for implementation in case["implementations"].values():
+            assert 0 < implementation["both"]["low"] <= implementation["both"]["median"]
+            assert implementation["both"]["median"] <= implementation["both"]["high"]
+            assert implementation["bytes_per_second"] > 0
+            assert 0 <= implementation["value_error"] < 1e-2
+            assert 0 <= implementation["gradient_error"] < 1e-2
+        times = {name: row["both"]["median"] for name, row in case["implementations"].items()}
         assert case["speedup"]["fused"]["eager"] == pytest.approx(times["eager"] / times["fused"])
-    product = first["speedup"]["fused"]["eager"] * second["speedup"]["fused"]["eager"]
-    assert report["geometric_mean"]["fused"]["eager"] == pytest.approx(product**0.5)
+    product = 1.0
+    for case in report["cases"]:
+        product *= case["speedup"]["fused"]["eager"]
+    assert report["geometric_mean"]["all"]["fused"]["eager"] == pytest.approx(product ** (1 / 3))
+    assert report["geometric_mean"]["cases"] == report["geometric_mean"]["all"]
 
+
+def test_pictures(found: tuple[str, Path, dict[str, Any]]) -> None:
+    _, folder, _ = found
+    assert (folder / "pictures" / "cases.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_diff(found: tuple[str, Path, dict[str, Any]]) -> None:
+    """B: the first case ten times as fast, the second within the spread, the third another one."""
+    _, folder, report = found
+    for part in report["cases"][0]["implementations"]["fused"]["both"]:
+        report["cases"][0]["implementations"]["fused"]["both"][part] /= 10
+    report["cases"][2] |= {"case": "focal:N=9,C=3", "label": "sigmoid focal 9 x 3"}
+    report["environment"]["threads"] = 2
+    (folder / "b.json").write_text(json.dumps(report))
+    result = run(COMPARE, "--diff", folder / "a.json", folder / "b.json")
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout
+    assert "threads: 1 -> 2" in printed
+    assert printed.count("10.00x faster") == 1
+    assert printed.count("the same") == 4
+    assert "only in A: sigmoid focal 8 x 3, fp32, gamma=1.5" in printed
+    assert "only in B: sigmoid focal 9 x 3" in printed
+    assert "geometric mean of 2: fused 3.16 times as fast in B" in printed
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_sweep(tmp_path: Path) -> None:
+    """Over rows small enough for a test; a cache of 1 KB, so that inputs rotate from the second size on."""
+    pytest.importorskip("matplotlib")
+    smaller = "import cases; cases.SWEEPS['rows'] = ('N', [2, 50, 99], ''); "
+    cache = "import compare; compare.last_level_cache = lambda device: 1024; "
+    result = run(
+        *("-c", smaller + cache + "compare.main()", "--quick", "--rounds", "2", "--threads", "1"),
+        *("--sweep", "rows", "--case", "bce_logits:N=1,C=9"),
+        *("--json", tmp_path / "sweep.json", "--plot", tmp_path),
+    )
+    assert result.returncode == 0, result.stderr
+    assert "rows, from BCE with logits 2 x 9, fp32 on" in result.stdout
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert report["cases"] == []
+    points = report["sweeps"]["rows"]["points"]
+    assert [point["dims"] for point in points] == [{"N": 2, "C": 9}, {"N": 99, "C": 9}]
+    assert [(point["inputs"], point["input_sets"]) for point in points] == [("warm", 1), ("rotating", 1)]
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- the command line ------------------------------------------------------------------------------------------
 
 ERRORS = {
     "--case nll:N=4,C=2": "no loss 'nll'; there are ce, bce_logits",
@@ -61,6 +162,8 @@ ERRORS = {
     "--case ce:N=4,C=2,dtype=int8": "dtype must be one of fp32, bf16, fp16, fp64, not 'int8'",
     "--case ce:N=4,C=2,reduction=max": "reduction must be none, mean or sum, not 'max'",
     "--rounds 0": "--rounds must be at least 1, got 0",
+    "--baselines eager,lighter": "--baselines: no 'lighter'; there are eager, compile, torchvision, liger",
+    "--sweep rows --case ce:N=1,C=2 --case ce:N=1,C=3": "--sweep rows: one --case, not 2",
 }
 
 # In a process of its own, where `cases` is the one beside compare.py; one for all, since importing torch takes long.
@@ -76,11 +179,124 @@ for line in sys.argv[1:]:
 
 
 def test_errors_are_one_clear_line() -> None:
-    command = [sys.executable, "-c", PARSE_EACH, *ERRORS]
-    result = subprocess.run(command, cwd=COMPARE.parent, capture_output=True, text=True, timeout=300)
+    result = run("-c", PARSE_EACH, *ERRORS)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("exit 2") == len(ERRORS)
     messages = [line for line in result.stderr.splitlines() if ": error: " in line]
     assert len(messages) == len(ERRORS)
     for message, expected in zip(messages, ERRORS.values(), strict=True):
         assert expected in message
+
+
+# -- the parts -------------------------------------------------------------------------------------------------
+
+# Packages as their sources have them, over torch: what is tested is how they are called.
+PACKAGES = """
+import sys, types
+import torch, torch.nn.functional as F
+
+def module(name, **functions):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(functions)
+
+class Overwriting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, ignore_index, label_smoothing):
+        assert logits.dim() == 2
+        with torch.enable_grad():
+            leaf = logits.detach().clone().requires_grad_()
+            loss = F.cross_entropy(leaf, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
+            logits.data.copy_(torch.autograd.grad(loss, leaf)[0])
+        ctx.save_for_backward(logits.detach())
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0], None, None, None
+
+def liger_cross_entropy(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+                        reduction="mean", label_smoothing=0.0, lse_square_scale=0.0, softcap=None):
+    return Overwriting.apply(input, target, ignore_index, label_smoothing)
+
+def quack_cross_entropy(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean",
+                        inplace_backward=False):
+    assert x.dim() == 2 and lse_partial is None
+    return F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
+
+class SoftmaxCrossEntropyLoss:
+    @staticmethod
+    def apply(logits, labels, smoothing=0.0, padding_idx=0, half_to_float=False):
+        assert logits.dim() == 2
+        return F.cross_entropy(logits, labels, ignore_index=padding_idx, label_smoothing=smoothing, reduction="none")
+
+for name in ("liger_kernel", "liger_kernel.transformers", "quack", "apex", "apex.contrib"):
+    module(name)
+module("liger_kernel.transformers.functional", liger_cross_entropy=liger_cross_entropy)
+module("quack.cross_entropy", cross_entropy=quack_cross_entropy)
+module("apex.contrib.xentropy", SoftmaxCrossEntropyLoss=SoftmaxCrossEntropyLoss)
+"""
+
+CALL_EACH = """
+import baselines, measure
+from cases import Case
+
+baselines.PACKAGES |= {name: __import__("dataclasses").replace(package, cuda_only=False)
+                       for name, package in baselines.PACKAGES.items()}
+for spec in ("ce:N=40,C=5", "ce:N=2,C=5,H=6,W=7,ignore_index=255", "ce:N=40,C=5,reduction=sum"):
+    case = Case.parse(spec)
+    inputs = case.inputs("cpu")
+    value, gradient = measure.exact(case, inputs)
+    for name in ("liger", "quack", "apex"):
+        call = measure.Call(case, name, inputs)
+        for _ in range(2):  # twice: a call must not spoil the inputs of the next
+            found = call()
+        if name == "liger" and "sum" in spec:
+            continue  # the module above has only the mean
+        assert measure.error(found[0], value) < 1e-6, (spec, name)
+        assert measure.error(found[1], gradient) < 1e-5, (spec, name)
+try:
+    measure.Call(Case.parse("ce:N=40,C=5,label_smoothing=0.1"), "quack", inputs)()
+except TypeError as error:
+    assert "label_smoothing" in str(error)
+else:
+    raise SystemExit("quack has no label smoothing")
+"""
+
+CUDA_ONLY = """
+import baselines
+from cases import Case
+try:
+    baselines.implementation(Case.parse("ce:N=4,C=5"), "liger", "cpu")
+except baselines.Unavailable as reason:
+    assert str(reason) == "it runs on CUDA only"
+else:
+    raise SystemExit("liger on the CPU")
+"""
+
+ROTATION = """
+import measure
+from cases import Case
+case = Case.parse("ce:N=64,C=8")  # 2 KB of logits, 0.5 KB of targets
+for cache, sets in ((2**15, 1), (2**14, 13), (2**10, 1)):
+    inputs = measure.input_sets(case, "cpu", cache)
+    assert len(inputs) == sets, (cache, len(inputs))
+    assert len({logits.data_ptr() for logits, _ in inputs}) == sets
+    assert measure.is_warm(case, cache) == (cache == 2**15)
+seen = []
+call = measure.Call(case, "in place", *measure.input_sets(case, "cpu", 2**14))
+function = call.function
+call.function = lambda logits, *rest, **options: (seen.append(logits.data_ptr()), function(logits, *rest, **options))[1]
+measure._round(call, 2, "cpu")
+assert len(seen) == 26
+assert len(set(seen[:13])) == 13  # copies that live at the same time
+assert all((a[0] == b[0]).all() for a, b in zip(call.sets, measure.input_sets(case, "cpu", 2**14)))
+assert measure.last_level_cache("cpu") >= 2**18
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [PACKAGES + CUDA_ONLY + CALL_EACH, ROTATION], ids=["packages", "rotation"]
+)
+def test_parts(program: str) -> None:
+    result = run("-c", program)
+    assert result.returncode == 0, result.stderr

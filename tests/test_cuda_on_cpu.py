@@ -12,6 +12,7 @@ from typing import Any
 
 import plain
 import pytest
+import test_pairwise
 import torch
 import torch.nn.functional as torch_functional
 from accuracy import arrange, assert_accurate, draw
@@ -20,6 +21,7 @@ from cuda_on_cpu.emulated import emulated
 from torch import Tensor
 
 import fused_losses.functional as F
+from fused_losses.detection import pairwise_bce_cost
 
 ROOT = Path(__file__).parents[1]
 SANITIZED = "FUSED_LOSSES_SIMT_SANITIZED"  # set in the child process that runs under AddressSanitizer
@@ -207,6 +209,32 @@ def test_in_place(shape: tuple[int, ...], gpu: str) -> None:
     torch.testing.assert_close(leaf.grad, other.grad, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("product", [False, True], ids=["sigmoid", "product"])
+@pytest.mark.parametrize("kind", ["ordinary", "confident", "extreme"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 33, 31), (9, 70, 80), (3, 40, 33)])
+def test_pairwise_cost(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, product: bool) -> None:
+    logits, gt_classes, objectness = test_pairwise.draw(shape, dtype, kind)
+    test_pairwise.check(logits, gt_classes, objectness if product else None)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "misaligned", "sliced", "stepped"])
+def test_pairwise_cost_layouts(layout: str) -> None:
+    logits, gt_classes, objectness = test_pairwise.draw((5, 70, 20), torch.bfloat16)
+    expected = pairwise_bce_cost(logits, gt_classes, objectness)
+    head = torch.cat([logits, objectness.unsqueeze(1)], 1)
+    assert torch.equal(pairwise_bce_cost(arrange(logits, layout), gt_classes, head[:, -1:]), expected)
+
+
+def test_pairwise_cost_edges() -> None:
+    for truths, anchors in ((0, 5), (4, 0)):
+        cost = pairwise_bce_cost(torch.empty(anchors, 3), torch.zeros(truths, dtype=torch.long))
+        assert cost.shape == (truths, anchors)
+    for wrong in (-1, 3):
+        with pytest.raises(RuntimeError, match=f"target {wrong} is out of bounds: input has 3 classes"):
+            pairwise_bce_cost(torch.zeros(5, 3), torch.tensor([0, wrong]))
+
+
 def test_empty_input() -> None:
     logits = torch.empty(0, 5).requires_grad_()
     target = torch.empty(0, dtype=torch.long)
@@ -260,7 +288,7 @@ def test_under_sanitizers() -> None:
         pytest.skip(f"{build.compiler()} has no AddressSanitizer")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {SANITIZED: "1", "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
-    chosen = "layouts and (5-index or 1030) or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3"
+    chosen = "layouts and (5-index or 1030) or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3 or cost_layouts or edges"
     command = [
         sys.executable,
         "-m",

@@ -20,6 +20,7 @@ struct Kernels {
   // The sum of weight[target] (or the number of targets) without ignore_index; `invalid` is the lowest position whose
   // target is neither ignored nor in [0, classes), or -1.
   double (*count_targets)(const SoftmaxArgs&, int64_t begin, int64_t end, int64_t* invalid);
+  void (*pairwise)(const PairwiseArgs&, int64_t begin, int64_t end);  // anchors
   void (*scale)(void* data, DType dtype, int64_t count, double factor);  // data *= factor
   bool (*evaluate)(const char* function, const void* x, void* y, int64_t count, DType dtype, double parameter);
 };

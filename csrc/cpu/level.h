@@ -7,11 +7,13 @@
 #include "math/bce.h"
 #include "math/cross_entropy.h"
 #include "math/focal.h"
+#include "math/pairwise.h"
 
 #include "cpu/staging.h"
 
 #include "cpu/elementwise.h"
 #include "cpu/softmax.h"
+#include "cpu/pairwise.h"
 
 template <class S>
 static void scale_range(S* data, int64_t count, typename ComputeOf<S>::T factor) {

@@ -18,6 +18,7 @@ const Kernels avx2{"avx2",
                    level_avx2::softmax_rows,
                    level_avx2::softmax_columns,
                    level_avx2::count_targets,
+                   level_avx2::pairwise,
                    level_avx2::scale,
                    level_avx2::evaluate};
 }  // namespace fused_losses::cpu

@@ -19,6 +19,7 @@ const Kernels avx512{"avx512",
                      level_avx512::softmax_rows,
                      level_avx512::softmax_columns,
                      level_avx512::count_targets,
+                     level_avx512::pairwise,
                      level_avx512::scale,
                      level_avx512::evaluate};
 }  // namespace fused_losses::cpu

@@ -12,6 +12,7 @@ const Kernels baseline{"baseline",
                        level_baseline::softmax_rows,
                        level_baseline::softmax_columns,
                        level_baseline::count_targets,
+                       level_baseline::pairwise,
                        level_baseline::scale,
                        level_baseline::evaluate};
 }  // namespace fused_losses::cpu

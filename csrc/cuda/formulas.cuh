@@ -19,6 +19,10 @@ template <class V>
 FL_FN V at_least(V a, V low) {  // a NaN in `a` stays
   return a < low ? low : a;
 }
+template <class V>
+FL_FN V at_most(V a, V high) {
+  return a > high ? high : a;
+}
 FL_FN float exp(float x) { return ::expf(x); }
 FL_FN double exp(double x) { return ::exp(x); }
 FL_FN float log(float x) { return ::logf(x); }
@@ -103,5 +107,6 @@ FL_FN T exp_term(T x) {
 #include "math/bce.h"
 #include "math/cross_entropy.h"
 #include "math/focal.h"
+#include "math/pairwise.h"
 
 }  // namespace fused_losses::cuda

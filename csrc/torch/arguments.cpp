@@ -101,6 +101,10 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   args.grad_scale = options.reduction == Reduction::mean ? 1.0 / count : 1.0;
   args.input = operand(input, input, "input");
   args.target = operand(target, input, "target");
+  STD_TORCH_CHECK(target.dim() == input.dim(), "target has ", target.dim(), " dimensions, input ", input.dim());
+  for (int64_t d = 0; d < input.dim(); ++d)
+    STD_TORCH_CHECK(target.size(d) == input.size(d), "target has size ", target.size(d), " in dimension ", d,
+                    ", input ", input.size(d));
   if (options.weight) args.weight = operand(*options.weight, input, "weight");
   if (options.pos_weight) args.pos_weight = operand(*options.pos_weight, input, "pos_weight");
   if (upstream && none) args.upstream = operand(*upstream, input, "upstream");
@@ -130,6 +134,8 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   args.logits = logits.data_ptr();
   args.logits_class_stride = classes == 1 ? 1 : logits.stride(dim);
   args.ignore_index = options.ignore_index;
+  STD_TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, "label_smoothing is ",
+                  options.label_smoothing, "; expected 0 to 1");
   args.label_smoothing = options.label_smoothing;
   args.gamma = options.gamma;
   args.count_weights = options.count_weights;
@@ -139,11 +145,14 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
     if (d != dim) target_sizes.push_back(logits.size(d));
   const bool index = target.scalar_type() == torch::headeronly::ScalarType::Long;
   if (index) {
-    STD_TORCH_CHECK(target.numel() == args.positions, "target has ", target.numel(), " elements; input has ",
-                    args.positions, " positions");
+    STD_TORCH_CHECK(target.dim() == logits.dim() - 1, "target has ", target.dim(), " dimensions, input ", logits.dim());
+    for (int64_t d = 0; d < target.dim(); ++d)
+      STD_TORCH_CHECK(target.size(d) == target_sizes[d], "target has size ", target.size(d), " in dimension ", d,
+                      "; expected ", target_sizes[d]);
     if (!target.is_contiguous()) target = torch::stable::contiguous(target);
     args.index = static_cast<const int64_t*>(target.data_ptr());
   } else {
+    STD_TORCH_CHECK(options.ignore_index < 0, "ignore_index is ", options.ignore_index, ", but target has no indices");
     STD_TORCH_CHECK(dtype_of(target, "target") == args.dtype, "target's dtype differs from input's");
     STD_TORCH_CHECK(target.dim() == logits.dim(), "target has ", target.dim(), " dimensions, input ", logits.dim());
     for (int64_t d = 0; d < logits.dim(); ++d)
@@ -155,8 +164,8 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   if (options.weight) {
     const DType compute = args.dtype == DType::f64 ? DType::f64 : DType::f32;
     STD_TORCH_CHECK(dtype_of(*options.weight, "weight") == compute && options.weight->is_contiguous() &&
-                        options.weight->numel() == classes,
-                    "weight must be contiguous, of ", classes, " elements in the compute dtype");
+                        options.weight->dim() == 1 && options.weight->numel() == classes,
+                    "weight must be contiguous, (", classes, "), in the compute dtype");
     args.weight = options.weight->data_ptr();
   }
   OptionalTensor upstream_rows;

@@ -15,6 +15,8 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
            const Tensor* upstream, Tensor* grad) {
   ElementwiseCall call = elementwise_call(loss, input, target, options, upstream, grad);
   ElementwiseArgs& args = call.args;
+  for (const Operand* operand : {&args.target, &args.weight, &args.pos_weight, &args.upstream})
+    STD_TORCH_CHECK(!operand->data || operand->dtype == args.input.dtype, "all tensors must have the input's dtype");
   const int64_t count = input.numel();
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
   if (upstream && !none) args.grad_scale *= read_scalar(*upstream);

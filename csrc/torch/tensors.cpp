@@ -27,6 +27,8 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::f32;
 }
 
+constexpr int64_t kLarge = 1 << 19;  // elements: below it no dtype fills two huge pages
+
 // A large gradient is new memory on every step, and its page faults cost more than the arithmetic: huge pages are
 // one fault for 512.
 static void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
@@ -39,8 +41,7 @@ static void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size
 #endif
 }
 
-static Tensor empty_as(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype,
-                       const Tensor& like) {
+static Tensor empty_as(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& like) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
@@ -48,11 +49,12 @@ static Tensor empty_as(const std::vector<int64_t>& sizes, const std::vector<int6
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, device_type, device_index, &handle));
   Tensor tensor(handle);
-  if (tensor.is_cpu()) advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  if (device_type == aoti_torch_device_type_cpu() && tensor.numel() >= kLarge)
+    advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like) {
+Tensor empty(Sizes sizes, Sizes strides, const Tensor& like) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty_as(sizes, strides, dtype, like);
@@ -62,18 +64,27 @@ Tensor empty_doubles(int64_t count, const Tensor& like) {
   return empty_as({count}, {1}, aoti_torch_dtype_float64(), like);
 }
 
-Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like) {
+static std::vector<int64_t> contiguous_strides(Sizes sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return empty(sizes, strides, like);
+  return strides;
+}
+
+Tensor empty_contiguous(Sizes sizes, const Tensor& like) { return empty(sizes, contiguous_strides(sizes), like); }
+
+Tensor empty_compute(Sizes sizes, const Tensor& like) {
+  const bool f64 = like.scalar_type() == ScalarType::Double;
+  return empty_as(sizes, contiguous_strides(sizes), f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                  like);
 }
 
 Tensor empty_in_order(const Tensor& like) {
   const auto size = like.sizes(), stride = like.strides();
+  if (like.is_contiguous()) return empty(size, stride, like);
   const std::vector<int64_t> sizes(size.begin(), size.end());
   std::vector<int> order(sizes.size());
   std::iota(order.begin(), order.end(), 0);

@@ -13,17 +13,20 @@
 namespace fused_losses {
 
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& tensor, const char* name);
 
 // A new tensor, uninitialised.
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, const Tensor& like);
-Tensor empty_contiguous(const std::vector<int64_t>& sizes, const Tensor& like);
+Tensor empty(Sizes sizes, Sizes strides, const Tensor& like);
+Tensor empty_contiguous(Sizes sizes, const Tensor& like);
 // Dense, with the dimensions in `like`'s order of memory: its own strides where it is dense itself.
 Tensor empty_in_order(const Tensor& like);
 Tensor scalar(double value, const Tensor& like);  // on the CPU
 Tensor empty_doubles(int64_t count, const Tensor& like);  // on its device
+// On its device and contiguous: float64 for float64, float32 for any other.
+Tensor empty_compute(Sizes sizes, const Tensor& like);
 
 double read_scalar(const Tensor& tensor);  // a tensor of one element, on the CPU
 

@@ -12,6 +12,7 @@ import torch
 
 from fused_losses import _autograd
 from fused_losses._ops import LossOps
+from fused_losses.detection import pairwise
 
 _PLACES = [
     ("fused_losses.cross_entropy", "_OPS", "cross_entropy"),
@@ -39,8 +40,12 @@ def emulated(library: Path) -> Iterator[None]:
             "backward_": getattr(ops, name + "_backward_").default,
         }
         setattr(module, attribute, dataclasses.replace(ours, **forms))
-    before.append((_autograd, "scale_", _autograd.scale_))
-    _autograd.scale_ = ops.scale_.default
+    for module, attribute, name in (
+        (_autograd, "scale_", "scale_"),
+        (pairwise, "_cost", "pairwise_bce_cost"),
+    ):
+        before.append((module, attribute, getattr(module, attribute)))
+        setattr(module, attribute, getattr(ops, name).default)
     try:
         yield
     finally:

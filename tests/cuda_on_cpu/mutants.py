@@ -125,6 +125,18 @@ MUTANTS = [
         "for (i = packs * n + first; i < count; i += step)",
         "for (i = packs * n + first; i < packs * n; i += step)",
     ),
+    (
+        "no barrier before an anchor's sums are read",
+        "cuda/pairwise.cu",
+        "    __syncthreads();  // every anchor's sums are there",
+        "    // every anchor's sums are there",
+    ),
+    (
+        "anchors past the last are given a cost",
+        "cuda/pairwise.cu",
+        "if (first + lane < a.anchors) {",
+        "if (first + lane <= a.anchors) {",
+    ),
     ("ignored targets are counted", "cuda/softmax.cu", "    if (y == a.ignore_index) continue;\n", ""),
 ]
 
