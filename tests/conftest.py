@@ -8,7 +8,7 @@ import torch
 # What no device changes: the build, the CPU's own parts, programs that are run whole.
 ON_THE_CPU = {
     f"test_{name}.py"
-    for name in "build compare cuda_on_cpu levels main threads train_digits vector_math".split()
+    for name in "build compare cuda_build cuda_on_cpu gpu_script levels main threads train_digits vector_math".split()
 }
 
 
@@ -17,6 +17,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         default="cpu",
         help="where the tests make their tensors: cpu, cuda, cuda:1, or emulated (the CUDA kernels on the CPU)",
+    )
+    parser.addoption(
+        "--all-architectures",
+        action="store_true",
+        help="compile the CUDA kernels for all that setup.py names",
     )
 
 

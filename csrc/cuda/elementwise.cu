@@ -64,7 +64,7 @@ struct WeightRun {
 
 // plain: there are neither weights nor an upstream gradient an element, and no values are wanted.
 template <class Loss, class S, bool plain>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, plain ? 3 : 2)
     elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const S* scalar_upstream, double* partial) {
   using T = typename ComputeOf<S>::T;
   using V = typename FormulaOf<S>::V;

@@ -109,22 +109,28 @@ __device__ __forceinline__ P* in_block(P* own, unsigned) {
 }
 #endif
 
-// A target outside [0, classes) ends the kernel, as torch's own do, before it is used as an address: cudaErrorAssert.
+// Ends the kernel as torch's own assertions do: cudaErrorAssert.
+[[noreturn]] static __device__ __forceinline__ void stop(const char* condition) {
+#ifdef __CUDA_ARCH__  // declared for devices alone
+  __assert_fail(condition, __FILE__, __LINE__, "fused_losses");
+#endif
+  __trap();  // not reached, which the compiler does not know
+}
+
+// A target outside [0, classes) stops the kernel before it is used as an address.
 [[noreturn]] static __device__ __noinline__ void out_of_bounds(int64_t target, int64_t classes) {
   printf("fused_losses: target %lld is out of bounds: input has %lld classes\n", static_cast<long long>(target),
          static_cast<long long>(classes));
-  __assert_fail("0 <= target && target < classes", __FILE__, __LINE__, "fused_losses");
-  __trap();  // not reached; says so to the compiler
+  stop("0 <= target && target < classes");
 }
 __device__ __forceinline__ void require_target(int64_t target, int64_t classes) {
   if (target < 0 || target >= classes) out_of_bounds(target, classes);
 }
 
-// A probability outside [0, 1], NaN included, ends the kernel in the same way.
+// A probability outside [0, 1], NaN included, does the same.
 [[noreturn]] static __device__ __noinline__ void no_probability(double input) {
   printf("fused_losses: input is %g; expected a probability between 0 and 1\n", input);
-  __assert_fail("0 <= input && input <= 1", __FILE__, __LINE__, "fused_losses");
-  __trap();
+  stop("0 <= input && input <= 1");
 }
 template <class T>
 __device__ __forceinline__ void require_probability(T input) {

@@ -156,19 +156,25 @@ void run_cluster(unsigned first_block, size_t shared) {
     makecontext(&fiber.context, enter, 0);
   }
   std::vector<unsigned> threads_left(machine.cluster, machine.threads.x);
+  // One block of the cluster runs ahead of the others, as far as they let it.
+  const auto any_block = [] { return static_cast<unsigned>(machine.random() % machine.cluster); };
+  unsigned ahead = any_block();
   std::vector<Fiber*> ready;
+  const auto collect = [&](auto chosen) {
+    for (auto& fiber : machine.fibers)
+      if (fiber->state == State::ready && chosen(*fiber)) ready.push_back(fiber.get());
+  };
   for (;;) {
     ready.clear();
-    size_t running = 0;
-    for (auto& fiber : machine.fibers) {
-      running += fiber->state != State::done;
-      if (fiber->state == State::ready) ready.push_back(fiber.get());
-    }
-    if (running == 0) return;
+    collect([&](const Fiber& fiber) { return fiber.rank == ahead; });
     if (ready.empty()) {
-      if (!release_some() && machine.error.empty()) machine.error = "threads wait for threads that never come";
+      const auto done = [](const auto& fiber) { return fiber->state == State::done; };
+      if (std::all_of(machine.fibers.begin(), machine.fibers.end(), done)) return;
+      if (release_some()) continue;
+      collect([](const Fiber&) { return true; });
+      if (ready.empty() && machine.error.empty()) machine.error = "threads wait for threads that never come";
       if (!machine.error.empty()) return;
-      continue;
+      ahead = any_block();
     }
     std::shuffle(ready.begin(), ready.end(), machine.random);
     for (Fiber* fiber : ready) {
