@@ -67,13 +67,52 @@ def _reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: str
     return REDUCTIONS[reduction](loss)
 
 
-def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor) -> Tensor:
-    """YOLOX's assigner: probabilities and one-hot classes repeated to (G, A, C)."""
-    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    p = (logits.to(wide).sigmoid() * objectness.to(wide).sigmoid()).sqrt()
-    target = F.one_hot(gt_classes, logits.shape[1]).to(wide)
-    p, target = p.unsqueeze(0).repeat(len(gt_classes), 1, 1), target.unsqueeze(1).repeat(1, len(logits), 1)
-    return F.binary_cross_entropy(p, target, reduction="none").sum(-1)
+def dense_target(logits: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """What a detector builds today: each anchor's score at its class, zeros elsewhere and where the label is -1."""
+    scores = scores.masked_fill(labels < 0, 0).unsqueeze(-1)
+    return torch.zeros_like(logits).scatter_(-1, labels.clamp(min=0).unsqueeze(-1), scores)
+
+
+def bce_by_index(logits: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """YOLOv8's class loss."""
+    target = dense_target(logits, labels, scores)
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return each.sum() / scores.sum().clamp(min=1)
+
+
+def focal_by_index(
+    logits: Tensor, labels: Tensor, scores: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    target = dense_target(logits, labels, torch.ones_like(scores))
+    return sigmoid_focal_loss(logits, target, alpha, gamma, "sum") / (labels >= 0).sum().clamp(min=1)
+
+
+def varifocal_by_index(
+    logits: Tensor, labels: Tensor, scores: Tensor, alpha: float = 0.75, gamma: float = 2.0
+) -> Tensor:
+    """mmdet's, which differentiates the weight."""
+    target = dense_target(logits, labels, scores)
+    weight = torch.where(target > 0, target, alpha * logits.sigmoid() ** gamma)
+    each = F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight
+    return each.sum() / scores.sum().clamp(min=1)
+
+
+def distribution_focal_loss(input: Tensor, target: Tensor) -> Tensor:
+    """YOLOv8's: two cross entropies."""
+    left = target.long()
+    to_left = F.cross_entropy(input, left, reduction="none") * (left + 1 - target)
+    to_right = F.cross_entropy(input, left + 1, reduction="none") * (target - left)
+    return (to_left + to_right).mean()
+
+
+def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor) -> Tensor:
+    """An assigner's cost as assigners compute it: both sides expanded to (G, A, C)."""
+    (anchors, classes), (ground_truths,) = logits.shape, gt_classes.shape
+    probability = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+    target = F.one_hot(gt_classes, classes).to(probability).unsqueeze(1)
+    shape = ground_truths, anchors, classes
+    cost = F.binary_cross_entropy(probability.expand(shape), target.expand(shape), reduction="none")
+    return cost.sum(-1)
 
 
 # -- packages --------------------------------------------------------------------------------------------------

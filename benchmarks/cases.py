@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_losses.functional as fused
+from fused_losses import IndexTarget
 from fused_losses.detection import pairwise_bce_cost
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -44,6 +45,11 @@ SUITES: dict[str, list[str]] = {
         "focal:N=8,A=8400,C=80,gamma=2",
         "focal:N=8,A=8400,C=80,gamma=1.5",
         "softmax_focal:N=20000,C=81",
+        "bce_index:N=8,A=8400,C=80",
+        "focal_index:N=8,A=8400,C=80",
+        "focal_index:N=8,A=8400,C=80,dtype=bf16",
+        "varifocal_index:N=8,A=8400,C=80",
+        "dfl:N=20000,C=16",
         "pairwise:G=100,A=8400,C=80",
     ],
     "language": [
@@ -76,7 +82,9 @@ class Loss:
     in_place: bool = True
     differentiable: bool = True  # else it is measured forward only, with what it returns whole
     logits_dims: str = ""  # those that make the logits' shape, if not all
-    floor_elements: Callable[[dict[str, int]], int] | None = None  # if not logits in, gradient out
+    floor_bytes: Callable[[dict[str, int], int], int] | None = (
+        None  # of sizes and itemsize, if not logits in, gradient out
+    )
 
 
 def index_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
@@ -100,11 +108,41 @@ def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
     return torch.sigmoid(logits), target
 
 
-def assignment(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
-    """A picture's class logits, the classes of its objects, and objectness logits as YOLOX has them."""
+def anchors(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    """A class and a quality an anchor: one in a hundred is a positive, the others' class is -1."""
     logits = 2 * torch.randn(case.shape, generator=random) - 4.6
-    gt_classes = torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
-    return logits, gt_classes, 2 * torch.randn(case.dims["A"], 1, generator=random) - 2
+    positive = torch.rand(case.shape[:-1], generator=random) < 0.01
+    labels = torch.randint(case.dims["C"], case.shape[:-1], generator=random).where(positive, -1)
+    return logits, labels, torch.rand(case.shape[:-1], generator=random) * positive
+
+
+def distances(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    """C bins a side, and a distance in them."""
+    logits = 2 * torch.randn(case.shape, generator=random)
+    return logits, torch.rand(case.shape[0], generator=random) * (case.dims["C"] - 1.01)
+
+
+def bce_by_index(logits: Tensor, labels: Tensor, scores: Tensor, **options: Any) -> Tensor:
+    target = IndexTarget(labels, scores)
+    return fused.binary_cross_entropy_with_logits(logits, target, avg_factor=scores.sum(), **options)
+
+
+def focal_by_index(
+    logits: Tensor, labels: Tensor, scores: Tensor, alpha: float = 0.25, gamma: float = 2.0, **options: Any
+) -> Tensor:
+    divisor = (labels >= 0).sum()
+    return fused.sigmoid_focal_loss(
+        logits, IndexTarget(labels), alpha, gamma, "mean", avg_factor=divisor, **options
+    )
+
+
+def varifocal_by_index(logits: Tensor, labels: Tensor, scores: Tensor, **options: Any) -> Tensor:
+    return fused.varifocal_loss(logits, IndexTarget(labels, scores), avg_factor=scores.sum(), **options)
+
+
+def classes_of_ground_truths(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
+    logits = 2 * torch.randn(case.shape, generator=random) - 4.6
+    return logits, torch.randint(case.dims["C"], (case.dims["G"],), generator=random)
 
 
 LOSSES = {
@@ -149,17 +187,49 @@ LOSSES = {
         dims="NC[HW]",
         options={"alpha": float, "gamma": float, "ignore_index": int, "reduction": str},
     ),
+    "bce_index": Loss(
+        "BCE with logits, index target",
+        plain.bce_by_index,
+        bce_by_index,
+        anchors,
+        dims="N[A]C",
+        options={},
+    ),
+    "focal_index": Loss(
+        "sigmoid focal, index target",
+        plain.focal_by_index,
+        focal_by_index,
+        anchors,
+        dims="N[A]C",
+        options={"alpha": float, "gamma": float},
+    ),
+    "varifocal_index": Loss(
+        "varifocal, index target",
+        plain.varifocal_by_index,
+        varifocal_by_index,
+        anchors,
+        dims="N[A]C",
+        options={"alpha": float, "gamma": float},
+    ),
+    "dfl": Loss(
+        "distribution focal",
+        plain.distribution_focal_loss,
+        fused.distribution_focal_loss,
+        distances,
+        dims="NC",
+        options={},
+    ),
     "pairwise": Loss(
-        "assigner's cost",
+        "pairwise BCE cost",
         plain.pairwise_bce_cost,
         pairwise_bce_cost,
-        assignment,
+        classes_of_ground_truths,
         dims="GAC",
         options={},
         in_place=False,
         differentiable=False,
         logits_dims="AC",
-        floor_elements=lambda dims: dims["A"] * (dims["C"] + dims["G"]),
+        floor_bytes=lambda n, itemsize: n["A"] * n["C"] * itemsize + n["G"] * n["A"] * max(4, itemsize),
     ),
 }
 
@@ -255,8 +325,8 @@ class Case:
     @property
     def floor_bytes(self) -> int:
         """What forward and backward together cannot avoid: the logits in once, the gradient out once."""
-        if self.loss.floor_elements:
-            return self.loss.floor_elements(self.dims) * DTYPES[self.dtype].itemsize
+        if self.loss.floor_bytes:
+            return self.loss.floor_bytes(self.dims, DTYPES[self.dtype].itemsize)
         return 2 * self.logits_bytes
 
     def inputs(self, device: str) -> tuple[Tensor, ...]:

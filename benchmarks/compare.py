@@ -19,25 +19,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# torch.compile's own cache would hide how long it takes to compile.
-_inductor = tempfile.TemporaryDirectory(prefix="compare-inductor-", ignore_cleanup_errors=True)
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor.name
-
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 try:
     from baselines import BASELINES, OURS, Unavailable
     from cases import DTYPES, LOSSES, SUITES, SWEEPS, Case, CaseError
 except ImportError as error:
     sys.exit(f"fused_losses cannot be imported ({error}); run: pip install --no-build-isolation .")
-from environment import environment  # noqa: E402
-from measure import (  # noqa: E402
+from environment import environment
+from measure import (
     Call,
     Copy,
     PeakMemory,
     Spread,
+    busy_seconds,
     error,
     exact,
     input_sets,
@@ -45,7 +42,7 @@ from measure import (  # noqa: E402
     last_level_cache,
     times,
 )
-from report import geometric_means, print_diff, print_report  # noqa: E402
+from report import geometric_means, print_diff, print_report
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -133,13 +130,14 @@ class Comparison:
         self.copy = Copy(self.device, self.cache)
         self.peak = PeakMemory(self.device)
         self.left_out: dict[str, str] = {}
+        self.by_others = self.elapsed = 0.0
 
     def measure(self, case: Case, with_memory: bool = True) -> dict[str, Any]:
         """Everything about one case; what cannot run goes to `left_out` with its reason."""
         self.copy.sample()
         sets = input_sets(case, self.device, self.cache)
         calls, found = self._first_calls(case, sets)
-        spreads = times(calls, self.device, self.options.rounds, 0.01 if self.options.quick else 0.1)
+        spreads = self._times(calls)
         for name, call in calls.items():
             found[name] |= {part: asdict(spread) for part, spread in spreads[name].items()}
             found[name]["bytes_per_second"] = case.floor_bytes / spreads[name]["both"].median
@@ -155,6 +153,7 @@ class Comparison:
             "floor_bytes": case.floor_bytes,
             "inputs": "warm" if is_warm(case, self.cache) else "rotating",
             "input_sets": len(sets),
+            "differentiable": case.loss.differentiable,
             "implementations": found,
             "speedup": {
                 name: {
@@ -165,6 +164,15 @@ class Comparison:
                 for name in calls
             },
         }
+
+    def _times(self, calls: dict[str, Call]) -> dict[str, dict[str, Spread]]:
+        """The times, and how much of the machine other processes took meanwhile."""
+        (everyone, own), start = busy_seconds(), time.perf_counter()
+        spreads = times(calls, self.device, self.options.rounds, 0.01 if self.options.quick else 0.1)
+        everyone_after, own_after = busy_seconds()
+        self.by_others += max(0.0, (everyone_after - everyone) - (own_after - own))
+        self.elapsed += time.perf_counter() - start
+        return spreads
 
     def _first_calls(
         self, case: Case, sets: list[tuple[torch.Tensor, ...]]
@@ -201,6 +209,8 @@ class Comparison:
 
         def measure(case: Case, with_memory: bool) -> dict[str, Any]:
             progress.update(task, description=case.label)
+            if not progress.console.is_terminal:
+                progress.console.print(case.label, highlight=False)
             measured = self.measure(case, with_memory)
             progress.advance(task)
             return measured
@@ -220,6 +230,7 @@ class Comparison:
             "rounds": self.options.rounds,
             "quick": self.options.quick,
             "baselines": self.options.baselines,
+            "cpu_taken_by_others": self.by_others / (self.elapsed * (os.cpu_count() or 1)),
             "copy_bytes_per_second": asdict(Spread.of(self.copy.samples)),
             "cases": cases,
             "sweeps": sweeps,
@@ -243,7 +254,10 @@ def main() -> None:
         if path:
             path.mkdir(parents=True, exist_ok=True)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    # torch.compile's own cache would hide how long it takes to compile.
+    with progress, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as fresh:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = fresh
         report = Comparison(options).run(progress)
     print_report(console, report)
     if options.json:

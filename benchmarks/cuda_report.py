@@ -51,15 +51,14 @@ class Kernel:
         words = [word.strip() for word in re.split(r",(?![^(<]*[)>])", arguments.removesuffix(">"))]
         words = [word for word in words if word and word not in DTYPES]
         flags = {
-            "elementwise_kernel": [None, ("general", "plain")],
             "softmax_lanes_kernel": [("index", "dense"), None],
             "softmax_block_kernel": [("index", "dense"), ("reread", "staged")],
             "softmax_columns_kernel": [("index", "dense")],
         }.get(base, [])
         said = []
         for word, pair in zip(words, [*flags, *[None] * len(words)], strict=False):
-            if focusing := re.match(r"SigmoidFocal<\(.*?\)(\d)>", word):
-                said.append(f"SigmoidFocal, {FOCUSING[int(focusing[1])]}")
+            if focusing := re.match(r"(\w+)<\(.*?\)(\d)>", word):
+                said.append(f"{focusing[1]}, {FOCUSING[int(focusing[2])]}")
             elif pair and word in ("true", "false"):
                 said.append(pair[word == "true"])
             else:
@@ -217,7 +216,7 @@ def table(architecture: str) -> str:
     shown = [
         (name, value)
         for name, value in sorted(counted.items())
-        if re.search(r"(Logits|\)4>), (float|bf16), true|block_kernel<(float|bf16), false, true", name)
+        if re.search(r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16)>|block_kernel<(float|bf16), false, true", name)
     ]
     if shown:
         lines += [

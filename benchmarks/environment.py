@@ -17,13 +17,13 @@ import fused_losses
 import fused_losses._C as native
 
 DISTRIBUTIONS = ("numpy", "triton", "torchvision", "liger-kernel", "quack-kernels", "apex")
-VARIABLES = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "CUDA", "MALLOC_", "LD_PRELOAD", "FUSED_LOSSES_")
+VARIABLES = ("OMP_", "MKL_", "GOMP_", "KMP_", "CUDA_", "MALLOC_", "LD_PRELOAD", "FUSED_LOSSES_")
 
 
 def environment(device: str, cache: int) -> dict[str, Any]:
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": ["python", *(Path(sys.argv[0]).name, *sys.argv[1:])],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
         "last_level_cache_bytes": cache,

@@ -95,7 +95,7 @@ class Copy:
 
     def __init__(self, device: str, cache: int):
         self.device = device
-        self.size = max(2**30 if device == "cuda" else 2**27, 4 * cache)
+        self.size = max(2**28 if device == "cuda" else 2**27, 4 * cache)
         self.source = torch.ones(self.size // 4, device=device)
         self.target = torch.zeros_like(self.source)
         self.samples: list[float] = []
@@ -127,6 +127,18 @@ class Spread:
             samples = samples * 2
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high)
+
+
+def busy_seconds() -> tuple[float, float]:
+    """CPU time so far: of every process on this machine, as far as the system says, and of this one."""
+    own = sum(os.times()[:2])
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return own, own
+    ticks = [int(field) for field in fields]
+    idle = ticks[3] + ticks[4]
+    return (sum(ticks[:8]) - idle) / os.sysconf("SC_CLK_TCK"), own
 
 
 def _mark(device: str) -> Any:
@@ -263,20 +275,29 @@ def _peak_extra_bytes(spec: str, name: str, device: str, threads: int) -> int:
 
 
 class PeakMemory:
-    """Measures each peak in a process of its own, forked from one that has imported torch and run nothing."""
+    """Measures each peak in a process of its own: on a CPU forked from one that has imported torch and run nothing."""
 
     def __init__(self, device: str):
         self.device = device
         # With glibc's moving threshold, whether freed memory counts would depend on the sizes freed before.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "fused_losses"])
+        # CUDA does not survive a fork, and asking whether there is a device may start it.
+        context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+        if device == "cpu":
+            context.set_forkserver_preload(["torch", "fused_losses"])
         self.pool = ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
 
     def __call__(self, case: Case, name: str) -> int | None:
-        """Bytes beyond the inputs at the highest point of one forward and backward; None where nobody counts."""
-        if self.device == "cpu" and not os.access("/proc/self/clear_refs", os.W_OK):
+        """Bytes beyond the inputs at the highest point of one forward and backward; None where nobody counts.
+
+        On a CPU that is resident size, of whole pages and with what the interpreter does: too coarse below 1 MB.
+        """
+        if self.device == "cpu" and (
+            case.logits_bytes < 1e6 or not os.access("/proc/self/clear_refs", os.W_OK)
+        ):
             return None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps for later is missing there
         return self.pool.submit(
             _peak_extra_bytes, case.spec, name, self.device, torch.get_num_threads()
         ).result()

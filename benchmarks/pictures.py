@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from report import busy
 
 COLOURS = {
     "fused": "#1b7f5c",
@@ -44,6 +45,7 @@ def _title(what: str, report: dict[str, Any]) -> str:
     return (
         f"{what}\n{environment['device_name']}, {environment['threads']} thread(s), "
         f"torch {environment['torch']}, {environment['date'][:10]}"
+        + (f"\n{busy(report)}" if busy(report) else "")
     )
 
 
@@ -62,11 +64,8 @@ def _legend(figure: Figure, names: list[str]) -> None:
 def _suite(suite: str, cases: list[dict[str, Any]], report: dict[str, Any]) -> Figure:
     """Speed relative to the first baseline and peak memory of every case."""
     names = _names(cases)
-    # Resident size counts whole pages and what the interpreter does meanwhile: too coarse for small logits.
     large = any(
-        case["logits_bytes"] >= 1_000_000 and found["extra_bytes"] is not None
-        for case in cases
-        for found in case["implementations"].values()
+        found["extra_bytes"] is not None for case in cases for found in case["implementations"].values()
     )
     figure = Figure(figsize=(12, 1.9 + len(cases) * (0.2 * len(names) + 0.12)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True) if large else [figure.subplots()]
@@ -106,12 +105,13 @@ def _speed_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str], basel
                 axes.plot([1, 1], [row + place - bar / 2, row + place + bar / 2], color=COLOURS[name], lw=4)
             text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
             axes.bar_label(bars, [text], padding=4, fontsize=8)
-    low, high = axes.get_xlim()
+    ratios = [row[baseline] for case in cases for row in case["speedup"].values() if baseline in row]
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(low, 0.8) / 1.15, max(high, 2) * 1.25)
+    axes.set_xlim(min(ratios, default=1) / 1.6, max([2, *ratios]) * 1.6)  # room for the labels
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_title(f"Speed of forward + backward, in times {baseline or 'nothing'}", fontsize=10)
+    what = "forward + backward" if all(case["differentiable"] for case in cases) else "forward"
+    axes.set_title(f"Speed of {what}, in times {baseline or 'nothing'}", fontsize=10)
     axes.set_xlabel("log axis; 1 is equally fast")
 
 
@@ -119,14 +119,15 @@ def _memory_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str]) -> N
     for name, place, bar in _places(names):
         for row, case in enumerate(cases):
             found = case["implementations"].get(name)
-            if found and found["extra_bytes"] is not None and case["logits_bytes"] >= 1_000_000:
+            if found and found["extra_bytes"] is not None:
                 size = found["extra_bytes"] / case["logits_bytes"]
                 bars = axes.barh(row + place, size, bar, color=COLOURS[name])
                 axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.set_xlim(0, max(axes.get_xlim()[1], 2) * 1.05)
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    if all(case["differentiable"] for case in cases):
+        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("dotted: the gradient alone")
     axes.set_title("Peak memory beyond the inputs, in sizes of the logits", fontsize=10)
-    axes.set_xlabel("dotted: the gradient alone; logits under 1 MB left out")
 
 
 # -- curves ----------------------------------------------------------------------------------------------------

@@ -40,8 +40,18 @@ def rewritten(readme: str, paths: list[Path]) -> str:
 def section(path: Path) -> str:
     report = json.loads(path.read_text())
     folder = path.parent.relative_to(ROOT).as_posix()
-    baselines = [name for name in report["baselines"] if any(name in c["implementations"] for c in report["cases"])]
-    heading = ["case", *baselines, "fused", *(f"x {name}" for name in baselines), "in place", "of copy", "memory"]
+    baselines = [
+        name for name in report["baselines"] if any(name in c["implementations"] for c in report["cases"])
+    ]
+    heading = [
+        "case",
+        *baselines,
+        "fused",
+        *(f"x {name}" for name in baselines),
+        "in place",
+        "of copy",
+        "memory",
+    ]
     lines = [
         f"### {_machine(report)}\n",
         _conditions(report, folder),
@@ -58,20 +68,22 @@ def _machine(report: dict[str, Any]) -> str:
     environment = report["environment"]
     if environment["device"] == "cuda":
         return str(environment["device_name"])
-    return f"{environment['device_name']}, {environment['fused_losses_cpu_level']}, {environment['threads']} threads"
+    threads = environment["threads"]
+    plural = "s" if threads > 1 else ""
+    return f"{environment['device_name']}, {environment['fused_losses_cpu_level']}, {threads} thread{plural}"
 
 
 def _conditions(report: dict[str, Any], folder: str) -> str:
     environment = report["environment"]
     text = (
         f"Forward + backward on {environment['date'][:10]}, torch {environment['torch']}, "
-        f"medians of {report['rounds']} interleaved rounds; a large copy moves "
+        f"medians of {report['rounds']} {'short ' if report['quick'] else ''}interleaved rounds; a large copy moves "
         f"{report['copy_bytes_per_second']['median'] / 1e9:.0f} GB/s. *of copy* is in place's share of it, counting the "
         "logits read once and the gradient written once; *memory* is the peak beyond the inputs, "
         f"{' / '.join([*report['baselines'][:1], *OURS])}. Everything measured, and a picture a suite, is in "
         f"[{folder}]({folder})."
     )
-    return text + (f" **{busy(environment)}**" if busy(environment) else "")
+    return text + (f" **{busy(report)}**" if busy(report) else "")
 
 
 def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
@@ -90,10 +102,13 @@ def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
         case["label"],
         *map(time, baselines),
         time("fused"),
-        *(f"**{ratios[name]:.1f}**" if name in ratios else "" for name in baselines),
+        *(
+            f"**{ratios[name]:.{1 if ratios[name] < 100 else 0}f}**" if name in ratios else ""
+            for name in baselines
+        ),
         time("in place"),
         f"{in_place['bytes_per_second'] / copy:.0%}" if in_place else "",
-        " / ".join(map(memory, [*baselines[:1], *OURS])) + " MB" if case["logits_bytes"] >= 1e6 else "",
+        " / ".join(map(memory, [*baselines[:1], *OURS])) + " MB" if found["fused"]["extra_bytes"] else "",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -101,13 +116,15 @@ def _row(case: dict[str, Any], baselines: list[str], copy: float) -> str:
 def _means(report: dict[str, Any], baselines: list[str]) -> str:
     def ratios(suite: str, name: str) -> str:
         row = report["geometric_mean"][suite][name]
-        return " and ".join(f"{row[baseline]:.1f} times {baseline}" for baseline in baselines if baseline in row)
+        return " and ".join(
+            f"{row[baseline]:.1f} times {baseline}" for baseline in baselines if baseline in row
+        )
 
     suites = ", ".join(
         f"{suite} {ratios(suite, 'fused')}" for suite in report["geometric_mean"] if suite != "all"
     )
     return (
-        f"Geometric means of the speed: {ratios('all', 'fused')}; in place {ratios('all', 'in place')}. "
+        f"Geometric means over the losses: {ratios('all', 'fused')}; in place {ratios('all', 'in place')}. "
         f"By suite: {suites}."
     )
 

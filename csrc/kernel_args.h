@@ -14,20 +14,43 @@ struct Operand {
   int64_t stride[kMaxDims] = {};  // in elements, 0 along a broadcast dimension
 };
 
-enum class Elementwise : int { bce_with_logits, bce, sigmoid_focal };
+enum class Elementwise : int { bce_with_logits, bce, sigmoid_focal, quality_focal, varifocal };
+
+// A class an anchor in place of a dense target: `negative` everywhere, at the anchor's class `positive` or its score.
+// Ignored anchors have no loss and an exactly zero gradient.
+constexpr int32_t kBackground = -1, kIgnored = -2;  // an anchor's code; any other is its class
+struct IndexTarget {
+  const int32_t* code = nullptr;  // one an anchor; nullptr: the target is dense
+  const void* score = nullptr;    // of the compute dtype, beside code; nullptr: positive
+  int64_t stride[kMaxDims] = {};  // of both, over the common shape; 0 along the classes
+  int class_dim = 0;              // of the common shape
+  double positive = 1, negative = 0;
+};
+
+// From labels to codes.
+struct LabelArgs {
+  const int64_t* label;  // [N]
+  int32_t* code;         // [N]
+  int64_t classes, background, ignore_index;
+};
 
 struct ElementwiseArgs {
   Elementwise loss;
   int ndim;                 // of the common shape, collapsed; the last dimension runs fastest
   int64_t size[kMaxDims];   //
-  Operand input, target;    // [...]
+  Operand input;            // [...]
+  Operand target;           // [...] absent where there is an index target
+  IndexTarget index;        //
   Operand weight;           // [...] absent: 1
   Operand pos_weight;       // [...] absent: 1
+  Operand alpha;            // [...] absent: alpha_positive and alpha_negative; else those are alpha and 1 - alpha
   Operand upstream;         // [...] absent: 1
   Operand value, grad;      // [...] absent: not wanted
+  Operand probability;      // [...] absent: not wanted; sigmoid(input)
   bool want_sum;            // the values are summed up and returned
   double grad_scale;        // multiplies every gradient: 1 / count, and a scalar upstream gradient
-  double alpha_positive, alpha_negative, gamma;  // focal only
+  double alpha_positive, alpha_negative, gamma;  // focal losses only
+  bool detach_weight;       // varifocal: the gradient does not go through its weight
 };
 
 // A loss over the softmax of a row: cross entropy, and softmax focal loss where gamma > 0.
@@ -63,6 +86,13 @@ struct PairwiseArgs {
   int64_t objectness_stride;
   const int64_t* index;              // [G] classes of the ground truths
   void* cost;                        // [G, A] contiguous, of the compute dtype
+};
+
+// Distribution focal loss: rows.index, rows.probability and rows.weight are not looked at.
+struct DistributionArgs {
+  SoftmaxArgs rows;
+  const void* target;  // [positions] in [0, C - 1], of the compute dtype
+  const void* weight;  // [positions] of the compute dtype, or nullptr
 };
 
 }  // namespace fused_losses

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
       "The levels this CPU runs, slowest first.");
   m.def("cuda_architectures", &cuda_architectures, "What the CUDA part was compiled for; empty if it was left out.");
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("y"), py::arg("parameter") = 0.0,
-        "y[i] = function(x[i]) by the vector functions of the level in use: exp, log, log1p, log1p_unit, sqrt, pow.");
+        "y[i] = function(x[i]) by the vector functions of the level in use: exp, log, log1p, log1p_unit, odds, sqrt, "
+        "pow.");
   cpu::kernels();  // a wrong FUSED_LOSSES_CPU_LEVEL is an error here, not at the first loss
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from . import functional
+from . import detection, functional
 from .adapters import register_adapter
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
+from .detection import DistributionFocalLoss, IndexTarget, QualityFocalLoss, VarifocalLoss
 from .focal import FocalLoss, SigmoidFocalLoss, SoftmaxFocalLoss
 from .patch import patch_torch
 from .replace import replace_criterion
@@ -15,9 +16,14 @@ __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "DistributionFocalLoss",
     "FocalLoss",
+    "IndexTarget",
+    "QualityFocalLoss",
     "SigmoidFocalLoss",
     "SoftmaxFocalLoss",
+    "VarifocalLoss",
+    "detection",
     "functional",
     "patch_torch",
     "register_adapter",

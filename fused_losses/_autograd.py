@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
+from . import _compile
 from ._ops import LossOps, scale_
 
 Tensors = tuple[Tensor | None, ...]
@@ -142,6 +143,9 @@ def evaluate(
 
     `tensors` are constants: the target and the weights, None where absent.
     """
+    if torch.compiler.is_compiling():
+        traced: Tensor = _compile.evaluate(loss, stored, input, tensors, options)
+        return traced
     if not (input.requires_grad and _recording()):
         return loss.forward(input, *tensors, *options)
     if inplace:

@@ -20,12 +20,13 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn import _reduction as torch_reduction
 
-from ._ops import CUDA
+from ._ops import CUDA, LossOps
 
 NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
 REDUCTION_NAMES = ("none", "mean", "sum")
 REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTION_NAMES)}
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_HALVES = frozenset({torch.bfloat16, torch.float16})
 _TENSOR_TYPES = frozenset({Tensor, Parameter})
 _MAX_DIMS = 12  # csrc/dtype.h
 _logger = logging.getLogger("fused_losses")
@@ -56,6 +57,35 @@ def require_tensors(function: str, **arguments: Any) -> None:
             raise TypeError(
                 f"{function}(): {name} is {argument!r}; expected a Tensor, not {type(argument).__name__}"
             )
+
+
+def straight(
+    loss: LossOps,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+) -> LossOps | None:
+    """The ops that can be asked straight away; those with a float32 loss for fp16 and bf16 under autocast."""
+    if plain(input, target, weight, pos_weight):
+        return loss
+    if (
+        not isinstance(input, Tensor)
+        or not input.is_cpu
+        or _compiling()
+        or not torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    with torch.autocast("cpu", enabled=False):
+        return (
+            loss.widened
+            if input.dtype in _HALVES and plain(input, target) and _constant(weight, pos_weight)
+            else None
+        )
+
+
+def _constant(*weights: Tensor | None) -> bool:
+    return all(w is None or (type(w) in _TENSOR_TYPES and not w.requires_grad) for w in weights)
 
 
 def plain(
@@ -92,8 +122,7 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
         or torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
         or _transforming()
         or forward_ad._current_level >= 0
-        or _compiling()
-        or _tracing()
+        or (not _compiling() and _tracing())
     ):
         return _unreachable(input, others)
     for other in others:
@@ -154,6 +183,11 @@ def log_fall_back(cause: str) -> None:
         _logger.debug("not fused: %s", cause)
 
 
+def autocast(input: Tensor) -> Tensor:
+    """What autocast makes of the input of a loss that torch itself does not have: float32 for fp16 and bf16."""
+    return input.float() if input.dtype in _HALVES and torch.is_autocast_enabled(input.device.type) else input
+
+
 def ask_torch(problem: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """torch's result, where torch has no objection; its type of error with `problem` for a message, where it has."""
     try:
@@ -206,6 +240,14 @@ def elementwise_problem(input: Tensor, **others: Tensor | None) -> str | None:
         if other.dtype != input.dtype:
             return f"{name} has dtype {other.dtype}; expected the input's, {input.dtype}"
     return None
+
+
+def fits(input: Tensor, **others: Tensor | None) -> bool:
+    """Whether an element-wise kernel takes this call; if not, the log says why."""
+    problem = elementwise_problem(input, **others)
+    if problem is not None:
+        log_fall_back(problem)
+    return problem is None
 
 
 def index_problem(input: Tensor, target: Tensor) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class LossOps:
     upstream gradient in front. `reference` takes them too.
     """
 
+    name: str
     forward: Callable[..., Tensor]
     train: Callable[..., tuple[Tensor, Tensor]]
     train_: Callable[..., Tensor]
@@ -40,9 +42,64 @@ class LossOps:
     backward_: Callable[..., None]
     reference: Callable[..., Tensor]
 
+    @cached_property
+    def widened(self) -> LossOps:
+        """The same with a float32 loss, as autocast has it, beside a gradient in the input's dtype. "mean" and
+        "sum" on a CPU; the other tensors may have dtypes of their own."""
+
+        def wide(op: Any) -> Any:
+            return lambda *args: op(*args, True)
+
+        return LossOps(
+            self.name,
+            wide(self.forward),
+            wide(self.train),
+            wide(self.train_),
+            wide(self.backward),
+            wide(self.backward_),
+            lambda input, *rest: self.reference(input.float(), *rest),
+        )
+
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor]) -> LossOps:
+        register_fakes(name, reference)
+
         def op(suffix: str) -> Any:
             return load_op(name + suffix)
 
-        return LossOps(op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference)
+        return LossOps(
+            name, op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference
+        )
+
+
+def register_fakes(name: str, reference: Callable[..., Tensor]) -> None:
+    """The shapes, strides and dtypes that the five ops return, for what traces a program without running it."""
+    schema = getattr(torch.ops.fused_losses, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+    reduction = names.index("reduction")
+
+    def value(input: Tensor, *rest: Any) -> Tensor:
+        devices = {tensor.device for tensor in (input, *rest) if isinstance(tensor, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{name}: expected all tensors on one device, not on {devices}")
+        if (input, *rest)[reduction] != 0:
+            wide = dict(zip(names, (input, *rest), strict=False)).get("wide")
+            return input.new_empty((), dtype=torch.float32 if wide else input.dtype)
+        elements = reference(input, *rest)
+        return torch.empty_like(input) if elements.shape == input.shape else input.new_empty(elements.shape)
+
+    def gradient(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
+        return torch.empty_like(input)
+
+    fakes: dict[str, Callable[..., Any]] = {
+        "": value,
+        "_train": lambda input, *rest: (value(input, *rest), torch.empty_like(input)),
+        "_train_": value,
+        "_backward": gradient,
+        "_backward_": lambda upstream, input, *rest: None,
+    }
+    for suffix, fake in fakes.items():
+        torch.library.register_fake(f"fused_losses::{name}{suffix}", fake)
+
+
+torch.library.register_fake("fused_losses::scale_", lambda gradient, upstream: None)

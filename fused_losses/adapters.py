@@ -43,7 +43,7 @@ def register_adapter(
             return fused_losses.functional.cross_entropy(logits / criterion.temperature, target)
 
         def example(criterion):
-            return torch.linspace(-4, 4, 30).view(6, 5), torch.arange(6) % 5
+            return torch.linspace(-4, 4, 30, dtype=torch.float64).view(6, 5), torch.arange(6) % 5
 
         register_adapter("TemperedCrossEntropy", fused, attributes=("temperature",), example=example)
 
@@ -52,8 +52,8 @@ def register_adapter(
         fused: a function of a module (so that a criterion can be pickled), called with the criterion and the arguments
             of its forward. It returns NotImplemented for what it leaves to the original.
         attributes: what an instance must have, to tell classes of one name apart.
-        example: arguments for a criterion, the logits first. It is exchanged only if `fused` and its own forward agree
-            on them, value and gradient.
+        example: arguments for a criterion, the logits first, in float64 if it takes that. The criterion is exchanged
+            only if `fused` and its own forward agree on them, value and gradient.
 
     The adapter registered last is asked first.
     """
@@ -138,7 +138,7 @@ def _wraps_plain_bce(criterion: Any) -> bool:
 
 
 def _logits(*shape: int) -> Tensor:
-    return torch.linspace(-3, 4, torch.Size(shape).numel()).view(shape)
+    return torch.linspace(-3, 4, torch.Size(shape).numel(), dtype=torch.float64).view(shape)
 
 
 def _wrapped_example(criterion: Any) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,9 @@ def _binary_example(criterion: Any) -> tuple[Tensor, Tensor]:
         shape = torch.broadcast_shapes(shape, weight.shape)  # type: ignore[no-untyped-call]
     shape = torch.Size((4, *shape)) if len(shape) == 1 else shape
     targets = (
-        torch.tensor([0, 1, 0.3, 0.9, 0, 0.05, 1]).repeat(shape.numel() // 7 + 1)[: shape.numel()].view(shape)
+        torch.tensor([0, 1, 0.3, 0.9, 0, 0.05, 1], dtype=torch.float64)
+        .repeat(shape.numel() // 7 + 1)[: shape.numel()]
+        .view(shape)
     )
     device = weights[0].device if weights else torch.device("cpu")
     return _logits(*shape).to(device), targets.to(device)
@@ -162,7 +164,7 @@ def _binary_example(criterion: Any) -> tuple[Tensor, Tensor]:
 def _alpha_example(criterion: Any) -> tuple[Tensor, Tensor]:
     alpha = torch.as_tensor(criterion.alpha)
     classes = alpha.numel() if alpha.numel() > 1 else 5
-    targets = torch.tensor([0, 1, 0.3]).repeat(2 * classes).view(6, classes)
+    targets = torch.tensor([0, 1, 0.3], dtype=torch.float64).repeat(2 * classes).view(6, classes)
     return _logits(6, classes).to(alpha.device), targets.to(alpha.device)
 
 

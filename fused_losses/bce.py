@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _checks, _torch, reference
+from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
 from ._autograd import evaluate
 from ._ops import LossOps
+from .detection.index_target import IndexTarget
 
 
 def _with_logits_reference(
@@ -38,21 +42,25 @@ def _reference(
 
 
 _WITH_LOGITS = LossOps.of("bce_with_logits", _with_logits_reference)
+_ANCHORS = anchor_ops("bce_with_logits", reference.bce_elements)
 _OPS = LossOps.of("bce", _reference)
 _NOT_FOCAL = (1.0, 1.0, 0.0)  # alpha_positive, alpha_negative, gamma: every element-wise op takes them
 
 
 def binary_cross_entropy_with_logits(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | IndexTarget,
     weight: Tensor | None = None,
     size_average: bool | None = None,
     reduce: bool | None = None,
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
     *,
+    avg_factor: AvgFactor = None,
+    class_dim: int = -1,
+    return_probabilities: bool = False,
     inplace_backward: bool = False,
-) -> Tensor:
+) -> Any:
     """Binary cross entropy of sigmoid(input).
 
     ::
@@ -70,10 +78,15 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits, (*); float32, float64, bfloat16 or float16, any strides.
-        target: probabilities of the positive class, the input's shape.
-        weight: a factor for each element; broadcasts to the input's shape.
+        target: probabilities of the positive class, the input's shape; or an IndexTarget, one class an anchor.
+        weight: a factor for each element; broadcasts to the input's shape. With an IndexTarget one of the labels'
+            shape is a factor for each anchor.
         pos_weight: a factor for each positive target; broadcasts to the input's shape.
         size_average, reduce: deprecated in torch; they override `reduction` as they do there.
+        avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads
+            nothing. Without it "mean" divides by the elements, of anchors not ignored.
+        class_dim: where the classes stand: 1 for (B, C, A) and (B, C, H, W).
+        return_probabilities: return (loss, sigmoid(input)) from the same read, the latter detached.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
             not be used after this call; autograd raises if they are.
 
@@ -81,16 +94,31 @@ def binary_cross_entropy_with_logits(
         The input's shape for "none", else (), in the input's dtype.
 
     Raises:
-        ValueError, RuntimeError, TypeError: where torch's function raises them.
+        ValueError, RuntimeError, TypeError: where torch's function raises them; ValueError for labels, weights or an
+            avg_factor that do not fit.
+        IndexError: a label that is no class, nor background nor ignored.
     """
-    if _checks.plain(input, target, weight, pos_weight) and size_average is None and reduce is None:
+    if avg_factor is not None or class_dim != -1 or return_probabilities or isinstance(target, IndexTarget):
+        reduction = _checks.reduction_name(size_average, reduce, reduction)
+        return evaluate_anchors(
+            _ANCHORS,
+            input,
+            target,
+            weight=weight,
+            pos_weight=pos_weight,
+            avg_factor=avg_factor,
+            class_dim=class_dim,
+            reduction=reduction,
+            inplace_backward=inplace_backward,
+            return_probabilities=return_probabilities,
+        )
+    ops = _checks.straight(_WITH_LOGITS, input, target, weight, pos_weight)
+    if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(
-                _WITH_LOGITS, inplace_backward, stored, input, (target, weight, pos_weight), options
-            )
+            return evaluate(ops, inplace_backward, stored, input, (target, weight, pos_weight), options)
         except Exception:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
@@ -146,12 +174,13 @@ def binary_cross_entropy(
         RuntimeError: an input outside [0, 1], and a target where torch objects to it.
         ValueError, RuntimeError, TypeError: elsewhere as torch's function.
     """
-    if _checks.plain(input, target, weight) and size_average is None and reduce is None:
+    ops = _checks.straight(_OPS, input, target, weight)
+    if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
-            return evaluate(_OPS, False, stored, input, (target, weight, None), options)
+            return evaluate(ops, False, stored, input, (target, weight, None), options)
         except Exception:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
@@ -176,6 +205,8 @@ def binary_cross_entropy(
 class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """`torch.nn.BCEWithLogitsLoss`, fused: see `fused_losses.functional.binary_cross_entropy_with_logits`."""
 
+    class_dim: int = -1
+
     inplace_backward: bool = False  # of the class: an instance of torch's that becomes one of ours has none
 
     def __init__(
@@ -186,20 +217,25 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         reduction: str = "mean",
         pos_weight: Tensor | None = None,
         *,
+        class_dim: int = -1,
         inplace_backward: bool = False,
     ) -> None:
         super().__init__(weight, size_average, reduce, reduction, pos_weight)
+        self.class_dim = class_dim
         self.inplace_backward = inplace_backward
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return binary_cross_entropy_with_logits(
+    def forward(self, input: Tensor, target: Tensor | IndexTarget, *, avg_factor: AvgFactor = None) -> Tensor:
+        loss: Tensor = binary_cross_entropy_with_logits(
             input,
             target,
             self.weight,
             reduction=self.reduction,
             pos_weight=self.pos_weight,
+            avg_factor=avg_factor,
+            class_dim=self.class_dim,
             inplace_backward=self.inplace_backward,
         )
+        return loss
 
 
 class BCELoss(torch.nn.BCELoss):

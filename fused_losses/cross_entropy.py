@@ -66,13 +66,14 @@ def cross_entropy(
         IndexError: a class index outside [0, C) that is not ignore_index.
         ValueError, RuntimeError, TypeError: where `torch.nn.functional.cross_entropy` raises them.
     """
-    if _checks.plain(input, target, weight) and size_average is None and reduce is None:
+    ops = _checks.straight(_OPS, input, target, weight)
+    if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             tensors = (target, weight if weight is None else _checks.compute_weight(weight, input))
             options = (code, ignore_index, label_smoothing)
-            return evaluate(_OPS, inplace_backward, stored, input, tensors, options)
+            return evaluate(ops, inplace_backward, stored, input, tensors, options)
         except Exception:
             pass  # the checks below say why, or it happens again
     reduction = _checks.reduction_name(size_average, reduce, reduction)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from . import _checks, reference
+from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
 from ._autograd import evaluate
 from ._ops import LossOps
+from .detection.index_target import IndexTarget
 
 
 def _sigmoid_reference(
@@ -36,23 +40,29 @@ def _softmax_reference(
 
 
 _SIGMOID = LossOps.of("sigmoid_focal", _sigmoid_reference)
+_ANCHORS = anchor_ops("sigmoid_focal", reference.focal_elements)
 _SOFTMAX = LossOps.of("softmax_focal", _softmax_reference)
 
 
 def sigmoid_focal_loss(
     inputs: Tensor,
-    targets: Tensor,
-    alpha: float = 0.25,
+    targets: Tensor | IndexTarget,
+    alpha: float | Tensor = 0.25,
     gamma: float = 2.0,
     reduction: str = "none",
     *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    avg_factor: AvgFactor = None,
+    class_dim: int = -1,
+    return_probabilities: bool = False,
     inplace_backward: bool = False,
-) -> Tensor:
+) -> Any:
     """Focal loss of independent sigmoids, with torchvision's signature.
 
     ::
 
-        loss = a u^gamma ce,    ce = (1 - t) softplus(x) + t softplus(-x)
+        loss = weight a u^gamma ce,    ce = (1 - t) softplus(x) + pos_weight t softplus(-x)
         u = s (1 - t) + (1 - s) t,    a = alpha t + (1 - alpha) (1 - t),    s = sigmoid(x)
 
     Equivalent to::
@@ -63,10 +73,17 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits, (*); float32, float64, bfloat16 or float16, any strides.
-        targets: in [0, 1], soft or hard, the shape and dtype of inputs.
-        alpha: weight of the positive targets, in [0, 1]; a negative one weighs nothing.
+        targets: in [0, 1], soft or hard, the shape and dtype of inputs; or an IndexTarget, one class an anchor.
+        alpha: weight of the positive targets, in [0, 1], or (C), one for each class; a negative number weighs nothing.
         gamma: how much a right prediction is discounted, >= 0; gradients are finite below 1 too.
         reduction: "none", "mean" or "sum".
+        weight: a factor for each element; broadcasts to the shape of inputs. With an IndexTarget one of the labels'
+            shape is a factor for each anchor.
+        pos_weight: a factor for each positive target; broadcasts to the shape of inputs.
+        avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads
+            nothing. Without it "mean" divides by the elements, of anchors not ignored.
+        class_dim: where the classes stand: 1 for (B, C, A) and (B, C, H, W).
+        return_probabilities: return (loss, sigmoid(inputs)) from the same read, the latter detached.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
             not be used after this call; autograd raises if they are.
 
@@ -74,13 +91,42 @@ def sigmoid_focal_loss(
         The shape of inputs for "none", else (), in their dtype.
 
     Raises:
-        ValueError: a shape, dtype, reduction or gamma that does not fit.
+        ValueError: a shape, dtype, reduction, gamma or avg_factor that does not fit.
         TypeError: inputs or targets that are not tensors.
+        IndexError: a label that is no class, nor background nor ignored.
 
     Source: Lin et al. 2017, arXiv:1708.02002; torchvision.ops.sigmoid_focal_loss.
     """
-    balance = (1.0, 1.0) if alpha < 0 else (alpha, 1 - alpha)
-    return _sigmoid_focal(inputs, targets, None, None, *balance, gamma, reduction, inplace_backward)
+    per_class = alpha if isinstance(alpha, Tensor) else None
+    if isinstance(alpha, Tensor) or alpha < 0:
+        balance = (1.0, 1.0)
+    else:
+        balance = (alpha, 1 - alpha)
+    if (
+        isinstance(targets, IndexTarget)
+        or per_class is not None
+        or avg_factor is not None
+        or class_dim != -1
+        or return_probabilities
+    ):
+        _require_gamma(gamma)
+        return evaluate_anchors(
+            _ANCHORS,
+            inputs,
+            targets,
+            weight=weight,
+            pos_weight=pos_weight,
+            alpha=per_class,
+            alpha_positive=balance[0],
+            alpha_negative=balance[1],
+            gamma=gamma,
+            avg_factor=avg_factor,
+            class_dim=class_dim,
+            reduction=reduction,
+            inplace_backward=inplace_backward,
+            return_probabilities=return_probabilities,
+        )
+    return _sigmoid_focal(inputs, targets, weight, pos_weight, *balance, gamma, reduction, inplace_backward)
 
 
 def _sigmoid_focal(
@@ -94,13 +140,14 @@ def _sigmoid_focal(
     reduction: str,
     inplace_backward: bool,
 ) -> Tensor:
-    if _checks.plain(inputs, targets, weight, pos_weight):
+    ops = _checks.straight(_SIGMOID, inputs, targets, weight, pos_weight)
+    if ops is not None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and inputs.dtype is not torch.float16
             tensors, focus = (targets, weight, pos_weight), (alpha_positive, alpha_negative, gamma, code)
-            return evaluate(_SIGMOID, inplace_backward, stored, inputs, tensors, focus)
+            return evaluate(ops, inplace_backward, stored, inputs, tensors, focus)
         except Exception:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
@@ -112,8 +159,10 @@ def _sigmoid_focal(
         )
     others = {"targets": targets, "weight": weight, "pos_weight": pos_weight}
     options = (alpha_positive, alpha_negative, gamma)
-    if not _checks.reachable(inputs, *others.values()) or _checks.elementwise_problem(inputs, **others):
-        return reference.sigmoid_focal_loss(inputs, targets, weight, pos_weight, *options, reduction)
+    if not _checks.reachable(inputs, *others.values()) or not _checks.fits(inputs, **others):
+        return reference.sigmoid_focal_loss(
+            _checks.autocast(inputs), targets, weight, pos_weight, *options, reduction
+        )
     stored = code != _checks.NONE and inputs.dtype != torch.float16
     return evaluate(
         _SIGMOID, inplace_backward, stored, inputs, (targets, weight, pos_weight), (*options, code)
@@ -164,13 +213,14 @@ def softmax_focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, on a softmax.
     """
-    if alpha is None and _checks.plain(input, target):
+    ops = None if alpha is not None else _checks.straight(_SOFTMAX, input, target)
+    if ops is not None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (code, ignore_index, gamma)
-            return evaluate(_SOFTMAX, inplace_backward, stored, input, (target, None), options)
+            return evaluate(ops, inplace_backward, stored, input, (target, None), options)
         except Exception:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
@@ -189,7 +239,9 @@ def softmax_focal_loss(
         raise ValueError(problem)
     weight = alpha if isinstance(alpha, Tensor) else None
     if not _checks.reachable(input, target, weight):
-        return reference.softmax_focal_loss(input, target, alpha, gamma, ignore_index, reduction)
+        return reference.softmax_focal_loss(
+            _checks.autocast(input), target, alpha, gamma, ignore_index, reduction
+        )
     if weight is not None and weight.dim() == 0:
         weight = weight.expand(classes)
     elif isinstance(alpha, (int, float)):
@@ -208,31 +260,49 @@ def _require_gamma(gamma: float) -> None:
 
 
 class SigmoidFocalLoss(Module):
-    """`fused_losses.functional.sigmoid_focal_loss` as a criterion."""
+    """`fused_losses.functional.sigmoid_focal_loss` as a criterion; a tensor alpha is a buffer."""
+
+    alpha: float | Tensor
 
     def __init__(
         self,
-        alpha: float = 0.25,
+        alpha: float | Tensor = 0.25,
         gamma: float = 2.0,
         reduction: str = "mean",
         *,
+        class_dim: int = -1,
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
-        self.alpha = alpha
+        if isinstance(alpha, Tensor):
+            self.register_buffer("alpha", alpha)
+        else:
+            self.alpha = alpha
         self.gamma = gamma
         self.reduction = reduction
+        self.class_dim = class_dim
         self.inplace_backward = inplace_backward
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_focal_loss(
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor | IndexTarget,
+        weight: Tensor | None = None,
+        *,
+        avg_factor: AvgFactor = None,
+    ) -> Tensor:
+        loss: Tensor = sigmoid_focal_loss(
             inputs,
             targets,
             self.alpha,
             self.gamma,
             self.reduction,
+            weight=weight,
+            avg_factor=avg_factor,
+            class_dim=self.class_dim,
             inplace_backward=self.inplace_backward,
         )
+        return loss
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
@@ -297,7 +367,7 @@ class FocalLoss(Module):
         gamma: how much a right prediction is discounted, >= 0.
         alpha: weight of the positive targets.
 
-    Shapes: pred and true (*); the result is (*) for "none", else ().
+    Shapes: pred and true (*), or true an IndexTarget; the result is (*) for "none", else ().
 
     Raises:
         TypeError: loss_fcn is no BCEWithLogitsLoss.
@@ -316,20 +386,34 @@ class FocalLoss(Module):
         self.reduction = loss_fcn.reduction
         self.loss_fcn.reduction = "none"
 
-    def forward(self, pred: Tensor, true: Tensor) -> Tensor:
+    def forward(self, pred: Tensor, true: Tensor | IndexTarget, *, avg_factor: AvgFactor = None) -> Tensor:
         # YOLOv5 reduces for "mean" and "sum" and leaves anything else as it is.
         reduction = self.reduction if self.reduction in ("mean", "sum") else "none"
-        return _sigmoid_focal(
+        weight, pos_weight = self.loss_fcn.weight, self.loss_fcn.pos_weight
+        inplace_backward = bool(getattr(self.loss_fcn, "inplace_backward", False))
+        class_dim = getattr(self.loss_fcn, "class_dim", -1)
+        balance = (self.alpha, 1 - self.alpha)
+        if not isinstance(true, IndexTarget) and avg_factor is None and class_dim == -1:
+            return _sigmoid_focal(
+                pred, true, weight, pos_weight, *balance, self.gamma, reduction, inplace_backward
+            )
+        _require_gamma(self.gamma)
+        loss: Tensor = evaluate_anchors(
+            _ANCHORS,
             pred,
             true,
-            self.loss_fcn.weight,
-            self.loss_fcn.pos_weight,
-            self.alpha,
-            1 - self.alpha,
-            self.gamma,
-            reduction,
-            bool(getattr(self.loss_fcn, "inplace_backward", False)),
+            weight=weight,
+            pos_weight=pos_weight,
+            alpha_positive=balance[0],
+            alpha_negative=balance[1],
+            gamma=self.gamma,
+            avg_factor=avg_factor,
+            class_dim=class_dim,
+            reduction=reduction,
+            inplace_backward=inplace_backward,
+            return_probabilities=False,
         )
+        return loss
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, alpha={self.alpha}, reduction={self.reduction!r}"

@@ -63,7 +63,7 @@ def _torchvision_route(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
             and (0 <= alpha <= 1 or alpha == -1)
             and gamma >= 0
             and _checks.reachable(inputs, targets)
-            and _checks.elementwise_problem(inputs, targets=targets) is None
+            and _checks.fits(inputs, targets=targets)
         )
         return (functional.sigmoid_focal_loss if fits else theirs)(inputs, targets, alpha, gamma, reduction)
 

@@ -9,6 +9,8 @@ rounded once, when the result is stored. In the formulas s = sigmoid(x) and soft
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
@@ -104,9 +106,7 @@ def sigmoid_focal_loss(
     Returns (*) for "none", else ().
     """
     x, t = _wide(input), _wide(target)
-    wrongness = t * torch.sigmoid(-x) + (1 - t) * torch.sigmoid(x)
-    alpha = alpha_positive * t + alpha_negative * (1 - t)
-    loss = alpha * _modulation(wrongness, gamma) * _logistic_loss(x, t, pos_weight)
+    loss = focal_elements(x, t, pos_weight, alpha_positive, alpha_negative, gamma, False)
     if weight is not None:
         loss = loss * weight
     return _reduce(loss, reduction).to(torch.result_type(input, target))
@@ -144,6 +144,199 @@ def softmax_focal_loss(
     else:
         loss = _reduce(loss, reduction)
     return loss.to(input.dtype)
+
+
+def index_target(
+    labels: Tensor,
+    scores: Tensor | None,
+    classes: int,
+    class_dim: int,
+    positive: float,
+    negative: float,
+    background: int,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The dense target that an index target stands for, and which of its anchors are ignored.
+
+    labels: (*), int64. scores: (*) or None. Returns the target, (*) with `classes` at class_dim, and a bool (*).
+    """
+    ignored = labels == ignore_index
+    absent = ignored | (labels == background) | (labels == classes)
+    index = labels.masked_fill(absent, 0)
+    _require_classes(index, classes)
+    at_label = torch.full_like(labels, positive, dtype=dtype) if scores is None else scores.to(dtype)
+    target = torch.full((*labels.shape, classes), negative, dtype=dtype, device=labels.device)
+    if classes > 0:
+        at_label = at_label.masked_fill(absent, negative)
+        target = target.scatter(-1, index.unsqueeze(-1), at_label.unsqueeze(-1))
+    return target.movedim(-1, class_dim), ignored
+
+
+def _require_classes(index: Tensor, classes: int) -> None:
+    if not _may_read(index):
+        return
+    outside = index[(index < 0) | (index >= max(classes, 1))]
+    if outside.numel():
+        raise IndexError(f"Label {outside[0]} is out of bounds: input has {classes} classes")
+
+
+def _may_read(tensor: Tensor) -> bool:
+    """Whether its numbers are there, and to be read without waiting for another device."""
+    return (
+        tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+Elementwise = Callable[[Tensor, Tensor, Tensor | None, float | Tensor, float | Tensor, float, bool], Tensor]
+
+
+def anchors(
+    elementwise: Elementwise,
+    input: Tensor,
+    target: Tensor,
+    scores: Tensor | None,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    alpha: Tensor | None,
+    avg_factor: Tensor | None,
+    divisor: float,
+    positive: float,
+    negative: float,
+    background: int,
+    ignore_index: int,
+    class_dim: int,
+    alpha_positive: float,
+    alpha_negative: float,
+    gamma: float,
+    detach_weight: bool,
+    reduction: str,
+) -> Tensor:
+    """A sigmoid loss of a detector's head: dense or index targets, and another divisor for the mean.
+
+        loss = weight * elementwise(input, target, pos_weight, alpha_positive, alpha_negative, gamma, detach_weight)
+
+    input: (*), C of them at class_dim. target: (*), or int64 labels, (*) without class_dim, and scores of their shape.
+    weight, pos_weight, alpha: broadcast to (*); alpha and 1 - alpha take the place of alpha_positive and
+    alpha_negative. avg_factor: one element, or divisor: a number that is not 0; the mean divides by it, at least 1,
+    else by the elements not ignored. Returns (*) for "none", else ().
+    """
+    x, t = _wide(input), target
+    kept = None
+    if not target.is_floating_point():
+        options = (positive, negative, background, ignore_index)
+        t, ignored = index_target(target, scores, input.shape[class_dim], class_dim, *options, x.dtype)
+        kept = ~ignored.unsqueeze(class_dim)
+        x = x.masked_fill(~kept, 0)
+    balance: tuple[float | Tensor, float | Tensor] = (alpha_positive, alpha_negative)
+    if alpha is not None:
+        balance = (_wide(alpha), 1 - _wide(alpha))
+    loss = elementwise(x, _wide(t), pos_weight, *balance, gamma, detach_weight)
+    if weight is not None:
+        loss = loss * weight
+    if kept is not None:
+        loss = loss.masked_fill(~kept, 0)
+    if reduction == "mean" and kept is not None and divisor == 0 and avg_factor is None:
+        loss = loss.sum() / (kept.sum() * input.shape[class_dim])
+    else:
+        loss = _mean_by(loss, reduction, avg_factor, divisor)
+    return loss.to(input.dtype if kept is not None else torch.result_type(input, target))
+
+
+def bce_elements(
+    x: Tensor,
+    t: Tensor,
+    pos_weight: Tensor | None,
+    alpha_positive: float | Tensor,
+    alpha_negative: float | Tensor,
+    gamma: float,
+    detach_weight: bool,
+) -> Tensor:
+    """(1 - t) softplus(x) + pos_weight t softplus(-x)"""
+    return _logistic_loss(x, t, pos_weight)
+
+
+def focal_elements(
+    x: Tensor,
+    t: Tensor,
+    pos_weight: Tensor | None,
+    alpha_positive: float | Tensor,
+    alpha_negative: float | Tensor,
+    gamma: float,
+    detach_weight: bool,
+) -> Tensor:
+    """a_t u^gamma ce; see sigmoid_focal_loss."""
+    wrongness = t * torch.sigmoid(-x) + (1 - t) * torch.sigmoid(x)
+    alpha = alpha_positive * t + alpha_negative * (1 - t)
+    return alpha * _modulation(wrongness, gamma) * _logistic_loss(x, t, pos_weight)
+
+
+def quality_focal_elements(
+    x: Tensor,
+    t: Tensor,
+    pos_weight: Tensor | None,
+    alpha_positive: float | Tensor,
+    alpha_negative: float | Tensor,
+    gamma: float,
+    detach_weight: bool,
+) -> Tensor:
+    """|t - s|^gamma ce"""
+    # Where s is small it is its own difference to t = 0, and 1 - s to t = 1: no digit is lost.
+    difference = (1 - t) * torch.sigmoid(x) - t * torch.sigmoid(-x)
+    return _modulation(difference.abs(), gamma) * _logistic_loss(x, t, None)
+
+
+def varifocal_elements(
+    x: Tensor,
+    t: Tensor,
+    pos_weight: Tensor | None,
+    alpha_positive: float | Tensor,
+    alpha_negative: float | Tensor,
+    gamma: float,
+    detach_weight: bool,
+) -> Tensor:
+    """w ce where t > 0, w = t or (alpha_positive 0) 1; else alpha_negative s^gamma ce with t = 0."""
+    focus = alpha_negative * _modulation(torch.sigmoid(x), gamma)
+    if detach_weight:
+        focus = focus.detach()
+    weight = alpha_positive * t + (1 - alpha_positive)
+    positive = weight * _logistic_loss(x, t, None)
+    return torch.where(t > 0, positive, focus * _logistic_loss(x, torch.zeros_like(t), None))
+
+
+def distribution_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    divisor: float,
+    reduction: str,
+) -> Tensor:
+    """Cross entropy of softmax(input) with the two bins beside a target.
+
+        loss = -weight ((l + 1 - t) log p_l + (t - l) log p_(l+1)),    l = floor(t)
+
+    input: (C), (N, C) or (N, C, d1, .., dK) logits of C bins. target, weight: the same without C, targets in
+    [0, C - 1]. The mean divides by avg_factor or divisor as in `anchors`, else by the targets. Returns the shape of
+    target for "none", else ().
+    """
+    class_dim = _class_dim(input)
+    last = input.shape[class_dim] - 1
+    outside = ~((target >= 0) & (target <= last))
+    if _may_read(target) and outside.any():
+        raise IndexError(f"Target {target[outside][0]} is out of bounds: input has {last + 1} bins")
+    log_p = torch_functional.log_softmax(_wide(input), class_dim)
+    left = target.detach().floor().long().clamp(0, max(last - 1, 0))  # the last bin is a right neighbour
+
+    def at(bin: Tensor) -> Tensor:
+        return log_p.gather(class_dim, bin.unsqueeze(class_dim)).squeeze(class_dim)
+
+    loss = -((left + 1 - target) * at(left) + (target - left) * at((left + 1).clamp(max=last)))
+    if weight is not None:
+        loss = loss * weight
+    return _mean_by(loss, reduction, avg_factor, divisor).to(input.dtype)
 
 
 def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None) -> Tensor:
@@ -199,6 +392,12 @@ def _class_dim(input: Tensor) -> int:
 def _wide(tensor: Tensor) -> Tensor:
     """fp32 for fp16 and bf16, anything else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _mean_by(loss: Tensor, reduction: str, avg_factor: Tensor | None, divisor: float) -> Tensor:
+    if reduction != "mean" or (divisor == 0 and avg_factor is None):
+        return _reduce(loss, reduction)
+    return loss.sum() / (divisor if avg_factor is None else avg_factor.clamp(min=1).to(loss.dtype))
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

@@ -6,7 +6,8 @@ part of. The largest error of ours may be that of torch's own in the same dtype,
 
 Where a gradient is the difference of two rounded numbers (p - t with a soft target or a smoothed label) it
 can come out near zero, and how many of its own digits are right is luck, for torch and for us. Such gradients
-are measured in ulp of the largest one: the caller says `cancels=True`.
+are measured in ulp of the largest one: the caller says `cancels=True`; where the value is such a difference too,
+`value_cancels=True`.
 
 Among few elements the largest error is luck too. Tests of shapes and strides ask whether every element is the
 right one, at LUCK ulp; the rule itself is asked of MANY elements, different ones, measured
@@ -41,6 +42,7 @@ def assert_accurate(
     *,
     exact: Loss | None = None,
     cancels: bool = False,
+    value_cancels: bool = False,
     **options: Any,
 ) -> None:
     """Hold ours against theirs, both called with (logits, **options), in value and in every gradient.
@@ -54,7 +56,8 @@ def assert_accurate(
     torchs, _ = _differentiate(theirs, logits, options, upstream)
     right, _ = _differentiate(exact or theirs, _upcast(logits), wide, upstream)
     for name in own:
-        floor = 1.0 if cancels and name != "the loss" else torch.finfo(dtype).eps
+        difference = value_cancels if name == "the loss" else cancels
+        floor = 1.0 if difference else torch.finfo(dtype).eps
         _assert_no_worse(name, own[name], torchs[name], right[name], dtype, floor)
 
 

@@ -58,3 +58,51 @@ class FocalLoss(nn.Module):
         alpha_factor = true * self.alpha + (1 - true) * (1 - self.alpha)
         loss = loss * alpha_factor * (1.0 - p_t) ** self.gamma
         return loss if self.reduction == "none" else getattr(loss, self.reduction)()
+
+
+def quality_focal_loss(
+    input: Tensor, target: Tensor, beta: float = 2.0, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """mmdet's, for a dense target."""
+    ce = torch_functional.binary_cross_entropy_with_logits(input, target, reduction="none")
+    loss = (target - torch.sigmoid(input)).abs() ** beta * ce
+    loss = loss if weight is None else loss * weight
+    return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def varifocal_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    iou_weighted: bool = True,
+    detach_weight: bool = False,
+) -> Tensor:
+    """mmdet's; with detach_weight RT-DETR's."""
+    p = torch.sigmoid(input)
+    if detach_weight:
+        p = p.detach()
+    positive = (target > 0).to(input.dtype)
+    focal = (target if iou_weighted else 1) * positive + alpha * p**gamma * (1 - positive)
+    loss = focal * torch_functional.binary_cross_entropy_with_logits(input, target, reduction="none")
+    loss = loss if weight is None else loss * weight
+    return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def distribution_focal_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """mmdet's and ultralytics's: two cross entropies on (N, bins)."""
+    bins = input.shape[-1]
+    left = target.long().clamp(max=max(bins - 2, 0))
+    right = (left + 1).clamp(max=bins - 1)
+    flat = input.reshape(-1, bins)
+    ce_left, ce_right = (
+        torch_functional.cross_entropy(flat, i.reshape(-1), reduction="none").view(target.shape)
+        for i in (left, right)
+    )
+    loss = ce_left * (left + 1 - target) + ce_right * (target - left)
+    loss = loss if weight is None else loss * weight
+    return loss if reduction == "none" else getattr(loss, reduction)()

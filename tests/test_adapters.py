@@ -276,6 +276,18 @@ def test_the_numbers_decide_between_classes_that_hold_the_same() -> None:
     assert "results are not those" in report.left_alone[0].then
 
 
+def test_a_small_constant_is_a_difference() -> None:
+    class FocalLoss(yolov5.FocalLoss):
+        """With the constant that some add to keep the power's gradient finite."""
+
+        def wrongness(self, probability: Tensor, true: Tensor) -> Tensor:
+            return super().wrongness(probability, true) + 1e-6
+
+    criterion = FocalLoss(bce())
+    replace_criterion(criterion)
+    assert type(criterion) is FocalLoss
+
+
 def test_a_forward_that_raises_is_left_alone() -> None:
     class SoftTargetCrossEntropy(timm.SoftTargetCrossEntropy):
         def forward(self, x: Tensor, target: Tensor) -> Tensor:
@@ -334,6 +346,23 @@ def test_register_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pickle.loads(pickle.dumps(criterion))(logits, target) == loss
     report.restore()
     assert type(criterion) is TemperedCrossEntropy
+
+
+@every_case
+def test_autocast(name: str) -> None:
+    """The original's dtype, or a wider one: on a CPU torch has cross_entropy in fp32 and log_softmax in bf16."""
+    original, shape, target = CASES[name]()
+    mine = fused(copy.deepcopy(original))
+    target = target.float() if target.is_floating_point() else target
+    layer = nn.Linear(shape[-1], shape[-1])
+    results = []
+    for criterion in (original, mine):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = criterion(layer(torch.ones(shape)), target)
+        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), layer.weight)))
+    (theirs, _), (ours, _) = results
+    assert ours.dtype == torch.promote_types(ours.dtype, theirs.dtype)
+    torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2, check_dtype=False)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -21,6 +22,7 @@ from cuda_on_cpu.emulated import emulated
 from torch import Tensor
 
 import fused_losses.functional as F
+from fused_losses import IndexTarget
 from fused_losses.detection import pairwise_bce_cost
 
 ROOT = Path(__file__).parents[1]
@@ -273,6 +275,152 @@ def test_the_same_bits_in_any_order_of_threads(gpu: str) -> None:
     for loss, gradient in runs[1:]:
         assert torch.equal(loss, runs[0][0])
         assert torch.equal(gradient, runs[0][1])
+
+
+def detection_losses() -> list[Any]:
+    return [
+        F.binary_cross_entropy_with_logits,
+        F.sigmoid_focal_loss,
+        F.quality_focal_loss,
+        F.varifocal_loss,
+    ]
+
+
+def in_plain_torch(loss: Any, logits: Tensor, target: IndexTarget, **options: Any) -> tuple[Tensor, Tensor]:
+    """Value and gradient in fp64 by reference.py, where a functorch transformation sends the call."""
+    wide = {key: o.double() if isinstance(o, Tensor) else o for key, o in options.items()}
+    scores = None if target.scores is None else target.scores.double()
+    exact = dataclasses.replace(target, scores=scores)
+    gradient, value = torch.func.grad_and_value(lambda x: loss(x, exact, **wide).sum())(logits.double())
+    return value, gradient
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "class_dim", "layout"),
+    [
+        ((33, 17), -1, "contiguous"),
+        ((33, 80), -1, "contiguous"),
+        ((33, 80), -1, "misaligned"),
+        ((5, 9, 20), -1, "sliced"),
+        ((3, 17, 95), 1, "contiguous"),
+        ((3, 16, 4, 8), 1, "contiguous"),
+        ((3, 16, 4, 8), 1, "stepped"),
+        ((7,), 0, "contiguous"),
+        ((40, 1), -1, "contiguous"),
+    ],
+)
+def test_index_targets(shape: tuple[int, ...], class_dim: int, layout: str, dtype: torch.dtype) -> None:
+    dim = class_dim % len(shape)
+    anchors, classes = shape[:dim] + shape[dim + 1 :], shape[dim]
+    labels = torch.randint(-2, classes + 1, anchors)
+    scores = torch.rand(anchors).bfloat16().double().clamp(0.01).to(dtype)
+    logits = arrange((torch.randn(shape, dtype=torch.float64) * 2).to(dtype), layout)
+    weight = (torch.rand(anchors) + 0.1).bfloat16().to(dtype)
+    targets = [
+        IndexTarget(labels),
+        IndexTarget(labels, scores),
+        IndexTarget(labels, positive=0.9, negative=0.05),
+    ]
+    for loss in detection_losses():
+        for target, options in (
+            (targets[0], {"reduction": "mean"}),
+            (targets[1], {"reduction": "mean", "avg_factor": torch.tensor(3.5), "weight": weight}),
+            (targets[1], {"reduction": "sum"}),
+            (targets[2], {"reduction": "none"}),
+            (targets[2], {"reduction": "mean", "avg_factor": 0}),
+        ):
+            leaf = logits.detach().requires_grad_()
+            value = loss(leaf, target, class_dim=class_dim, **options).sum()
+            (gradient,) = torch.autograd.grad(value, leaf)
+            expected = in_plain_torch(loss, logits, target, class_dim=class_dim, **options)
+            tolerance = 16 * torch.finfo(dtype).eps
+            torch.testing.assert_close(value.double(), expected[0], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(gradient.double(), expected[1], rtol=tolerance, atol=tolerance)
+            ignored = (labels == -2).unsqueeze(dim).expand(shape)
+            assert (gradient[ignored] == 0).all()
+
+
+def test_ignored_anchors_and_nobody() -> None:
+    labels = torch.tensor([-2, 1, -2])
+    logits = torch.tensor([[math.nan, math.inf], [0.5, -1.0], [-math.inf, math.nan]]).requires_grad_()
+    for loss in detection_losses():
+        value = loss(logits, IndexTarget(labels), reduction="mean")
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert value.isfinite()
+        assert (gradient[[0, 2]] == 0).all()
+        all_ignored = IndexTarget(torch.full((3,), -2))
+        assert loss(logits, all_ignored, reduction="mean").isnan()
+        assert loss(logits, all_ignored, reduction="mean", avg_factor=torch.tensor(0)) == 0
+
+
+def test_many_labels_and_a_class_of_its_own_weight() -> None:
+    """More labels than one block counts, per-class alpha, probabilities from the same read."""
+    labels = torch.randint(-2, 4, (5003,))
+    logits, alpha = torch.randn(5003, 3), torch.rand(3)
+    options = {"alpha": alpha, "pos_weight": alpha + 1, "reduction": "mean"}
+    leaf = logits.clone().requires_grad_()
+    value, probabilities = F.sigmoid_focal_loss(
+        leaf, IndexTarget(labels), return_probabilities=True, **options
+    )
+    value.backward()
+    expected = in_plain_torch(F.sigmoid_focal_loss, logits, IndexTarget(labels), **options)
+    torch.testing.assert_close(value.double(), expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(leaf.grad.double(), expected[1], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(probabilities, torch.sigmoid(logits))
+
+
+@pytest.mark.parametrize("label", [-3, 4, 2**40])
+def test_a_label_out_of_range_stops_the_kernel(label: int) -> None:
+    labels = torch.zeros(300, dtype=torch.long)
+    labels[-2] = label
+    with pytest.raises(RuntimeError, match=f"target {label} is out of bounds: input has 3 classes"):
+        F.sigmoid_focal_loss(torch.randn(300, 3), IndexTarget(labels))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
+def test_quality_focal_and_varifocal(gamma: float) -> None:
+    logits, target = torch.randn(65, 33) * 3, torch.rand(65, 33)
+    target[target < 0.5] = 0
+    for ours, theirs, options in (
+        (F.quality_focal_loss, plain.quality_focal_loss, {"beta": gamma}),
+        (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma}),
+        (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma, "detach_weight": True}),
+    ):
+        assert_accurate(ours, theirs, logits, cancels=True, value_cancels=True, target=target, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "stepped"])
+@pytest.mark.parametrize("shape", [(300, 16), (33, 17), (9, 4, 16), (5, 100), (7, 1)])
+def test_distribution_focal(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    target = (torch.rand(shape[:-1]) * (shape[-1] - 1)).bfloat16().to(dtype)
+    target.view(-1)[0] = shape[-1] - 1
+    logits = arrange((torch.randn(shape, dtype=torch.float64) * 2).to(dtype), layout)
+    weight = torch.rand(shape[:-1]).bfloat16().to(dtype)
+    for reduction in ("mean", "none"):
+        assert_accurate(
+            F.distribution_focal_loss,
+            plain.distribution_focal_loss,
+            logits,
+            cancels=True,
+            value_cancels=True,
+            target=target,
+            weight=weight,
+            reduction=reduction,
+        )
+    leaf = logits.detach().requires_grad_()
+    by_factor = F.distribution_focal_loss(leaf, target, avg_factor=torch.tensor(2.5))
+    total = F.distribution_focal_loss(leaf, target, reduction="sum")
+    torch.testing.assert_close(by_factor, total / 2.5, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [15.5, -0.5, math.nan])
+def test_a_bin_out_of_range_stops_the_kernel(wrong: float) -> None:
+    target = torch.rand(300)
+    target[-2] = wrong
+    with pytest.raises(RuntimeError, match="out of bounds: input has 16 classes"):
+        F.distribution_focal_loss(torch.randn(300, 16), target)
 
 
 @pytest.mark.skipif(SANITIZED in os.environ, reason="this is the child")

@@ -258,6 +258,11 @@ def test_every_loss_logs(log: Callable[[], list[str]], case: Case) -> None:
     assert "Labelled" in line
 
 
+def test_dtypes_that_differ_are_logged_for_focal_losses(log: Callable[[], list[str]]) -> None:
+    F.sigmoid_focal_loss(torch.randn(6, 5), torch.rand(6, 5).double())
+    assert log() == ["not fused: targets has dtype torch.float64; expected the input's, torch.float32"]
+
+
 def test_errors_are_not_logged(log: Callable[[], list[str]]) -> None:
     with pytest.raises(ValueError, match="target"):
         F.binary_cross_entropy_with_logits(torch.randn(6, 5), torch.rand(6, 4))

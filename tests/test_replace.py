@@ -8,6 +8,7 @@ import gc
 import io
 import pickle
 import types
+import unittest.mock
 import weakref
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass, field
@@ -421,6 +422,22 @@ def test_a_wrapped_criterion_and_its_wrapper() -> None:
 # Where it does not look
 
 
+class Proxy:
+    """Pretends to be a module, as mocks and lazy objects do."""
+
+    def __init__(self) -> None:
+        self.loss = nn.CrossEntropyLoss()
+
+    @property
+    def __class__(self) -> Any:
+        return nn.Module
+
+
+class Watched(dict[str, Any]):
+    def items(self) -> Any:
+        raise AssertionError("would load from a disk")
+
+
 class Touchy:
     """Has properties and a __getattr__ that must not be called."""
 
@@ -432,7 +449,7 @@ class Touchy:
         raise AssertionError("a property was read")
 
     def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"{name} was asked for") if name != "__dict__" else AttributeError(name)
+        raise AssertionError(f"{name} was asked for")
 
     def __eq__(self, other: object) -> bool:
         raise AssertionError("compared")
@@ -441,9 +458,10 @@ class Touchy:
 
 
 def test_nothing_is_called_on_the_way() -> None:
-    touchy = Touchy()
-    assert replace_criterion([touchy])
-    assert type(touchy.loss) is fused_losses.CrossEntropyLoss
+    touchy, proxy, watched = Touchy(), Proxy(), Watched(loss=nn.CrossEntropyLoss())
+    mock = unittest.mock.MagicMock(spec=nn.Module)
+    assert replace_criterion([touchy, proxy, watched, mock])
+    assert type(touchy.loss) is type(proxy.loss) is type(watched["loss"]) is fused_losses.CrossEntropyLoss
 
 
 class Images(torch.utils.data.Dataset[Any]):
@@ -492,6 +510,23 @@ def test_a_long_chain_does_not_overflow_the_stack() -> None:
     for _ in range(5_000):
         links.append([links[-1]])
     assert replace_criterion(links.pop())
+
+
+def test_what_was_compiled_before_notices() -> None:
+    torch._dynamo.reset()
+    input, target = batch(nn.CrossEntropyLoss)
+    criterion = nn.CrossEntropyLoss()
+    compiled = torch.compile(lambda x: 2 * criterion(x, target), backend="aot_eager")
+    expected = compiled(input)
+    report = replace_criterion(criterion)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(input), expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(input), input),
+            torch.autograd.grad(2 * criterion(input, target), input),
+        )
+        report.restore()
+    torch._dynamo.reset()
 
 
 def test_a_training_program() -> None:

@@ -19,9 +19,11 @@ pytestmark = pytest.mark.every_level
 EXACT: dict[str, Callable[..., mpmath.mpf]] = {
     "exp": mpmath.exp,
     "exp_term": mpmath.exp,
+    "exp_term_coarse": mpmath.exp,
     "log": mpmath.log,
     "log1p": mpmath.log1p,
     "log1p_unit": mpmath.log1p,
+    "odds": lambda e: mpmath.mpf(e) / (1 + mpmath.mpf(e)),
     "sqrt": mpmath.sqrt,
 }
 
@@ -31,12 +33,15 @@ BOUNDS = [
     ("exp", np.float64, 1.0),
     ("exp_term", np.float32, 1.0),
     ("exp_term", np.float64, 1.0),
+    ("exp_term_coarse", np.float32, 150.0),
     ("log", np.float32, 1.0),
     ("log", np.float64, 1.0),
     ("log1p", np.float32, 1.0),
     ("log1p", np.float64, 1.0),
     ("log1p_unit", np.float32, 1.5),
     ("log1p_unit", np.float64, 1.0),
+    ("odds", np.float32, 1.5),
+    ("odds", np.float64, 1.5),
     ("sqrt", np.float32, 0.5),
     ("sqrt", np.float64, 0.5),
 ]
@@ -52,7 +57,7 @@ def points(name: str, dtype: type[np.floating]) -> Array:
     """Where the losses use the function, the ends of the dtype's range and the neighbourhood of its zeros."""
     random = np.random.default_rng(3)
     info = np.finfo(dtype)
-    if name in ("exp", "exp_term"):
+    if name in ("exp", "exp_term", "exp_term_coarse"):
         low, high = float(np.log(info.smallest_normal)), float(np.log(info.max)) if name == "exp" else 0.0
         x = np.concatenate(
             [
@@ -62,7 +67,7 @@ def points(name: str, dtype: type[np.floating]) -> Array:
                 [0, -0.0],
             ]
         )
-    elif name == "log1p_unit":
+    elif name in ("log1p_unit", "odds"):
         x = np.concatenate([random.uniform(0, 1, 3000), 10.0 ** random.uniform(-30, 0, 1000), [0, 1, 0.5]])
     elif name == "log1p":
         x = np.concatenate(

@@ -4,15 +4,21 @@
 #include "cpu/vector_math.h"
 #include "math/sigmoid.h"
 
+#include "math/focal.h"
+
 #include "math/bce.h"
 #include "math/cross_entropy.h"
-#include "math/focal.h"
+#include "math/distribution_focal.h"
 #include "math/pairwise.h"
+#include "math/quality_focal.h"
+#include "math/varifocal.h"
 
 #include "cpu/staging.h"
 
 #include "cpu/elementwise.h"
 #include "cpu/softmax.h"
+
+#include "cpu/distribution_focal.h"
 #include "cpu/pairwise.h"
 
 template <class S>
@@ -48,9 +54,12 @@ static bool evaluate_as(const char* function, const T* x, T* y, int64_t count, d
   };
   if (is("exp")) return map([](V v) { return exp(v); });
   if (is("exp_term")) return map([](V v) { return exp_term(v); });
+  if constexpr (sizeof(T) == 4)
+    if (is("exp_term_coarse")) return map([](V v) { return exp_term_coarse(v); });
   if (is("log")) return map([](V v) { return log(v); });
   if (is("log1p")) return map([](V v) { return log1p(v); });
   if (is("log1p_unit")) return map([](V v) { return log1p_unit(v); });
+  if (is("odds")) return map([](V v) { return odds(v); });
   if (is("sqrt")) return map([](V v) { return square_root(v); });
   if (is("pow")) return map([&](V v) { return power(v, parameter); });
   return false;

@@ -14,9 +14,12 @@ namespace level_avx2 {
 }
 const Kernels avx2{"avx2",
                    level_avx2::elementwise,
+                   level_avx2::encode_labels,
                    level_avx2::find_outside_unit,
                    level_avx2::softmax_rows,
                    level_avx2::softmax_columns,
+                   level_avx2::distribution_focal,
+                   level_avx2::find_outside_bins,
                    level_avx2::count_targets,
                    level_avx2::pairwise,
                    level_avx2::scale,

@@ -15,9 +15,12 @@ namespace level_avx512 {
 }
 const Kernels avx512{"avx512",
                      level_avx512::elementwise,
+                     level_avx512::encode_labels,
                      level_avx512::find_outside_unit,
                      level_avx512::softmax_rows,
                      level_avx512::softmax_columns,
+                     level_avx512::distribution_focal,
+                     level_avx512::find_outside_bins,
                      level_avx512::count_targets,
                      level_avx512::pairwise,
                      level_avx512::scale,

@@ -8,9 +8,12 @@ namespace level_baseline {
 }
 const Kernels baseline{"baseline",
                        level_baseline::elementwise,
+                       level_baseline::encode_labels,
                        level_baseline::find_outside_unit,
                        level_baseline::softmax_rows,
                        level_baseline::softmax_columns,
+                       level_baseline::distribution_focal,
+                       level_baseline::find_outside_bins,
                        level_baseline::count_targets,
                        level_baseline::pairwise,
                        level_baseline::scale,

@@ -141,12 +141,23 @@ struct ComputeOf<double> {
   using T = double;
 };
 
-FL_FN vf widen(vh raw, bf16) { return bits<vf>(__builtin_convertvector(raw, vu) << 16); }
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64  // GCC takes the halves apart
+FL_FN vu widen_bits(vh raw) { return bits<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(raw))); }
+#else
+FL_FN vu widen_bits(vh raw) { return __builtin_convertvector(raw, vu); }
+#endif
+FL_FN vf widen(vh raw, bf16) { return bits<vf>(widen_bits(raw) << 16); }
 FL_FN vh narrow(vf x, bf16) {
   const vu u = bits<vu>(x);
   const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // nearest, ties to even
   const vu nan = vu{} + 0x7fc0u;
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64  // GCC moves a mask into a vector and back, and permutes
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(bits<__m512>(x), bits<__m512>(x), _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_mov_epi32(bits<__m512i>(rounded), is_nan, bits<__m512i>(nan));
+  return bits<vh>(_mm512_maskz_cvtepi32_epi16(0xffff, all));
+#else
   return __builtin_convertvector(bits<vu>(x == x) ? rounded : nan, vh);
+#endif
 }
 FL_FN vf widen(vh raw, f16) {
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
@@ -205,6 +216,38 @@ template <class S>
 FL_FN void store(S* p, vf v) {
   const vh raw = narrow(v, S{});
   __builtin_memcpy(p, &raw, sizeof raw);
+}
+// Two vectors' worth of a narrow type at once, in whatever order is cheapest; store_two undoes load_two's. A NaN must
+// hold nothing in the half of its bits that bf16 drops, as those do that come of widened ones and of none.
+struct Two {
+  vf first, second;
+};
+FL_FN Two load_two(const bf16* p) {
+  vu raw;
+  __builtin_memcpy(&raw, p, sizeof raw);
+  return {bits<vf>(raw << 16), bits<vf>(raw & 0xffff0000u)};
+}
+FL_FN void store_two(bf16* p, Two two) {
+  const auto rounded = [](vf x) { return bits<vu>(x) + 0x7fffu + ((bits<vu>(x) >> 16) & 1u); };
+  const vu raw = (rounded(two.first) >> 16) | (rounded(two.second) & 0xffff0000u);
+  __builtin_memcpy(p, &raw, sizeof raw);
+}
+FL_FN Two load_two(const f16* p) { return {load(p), load(p + Lanes<vf>::count)}; }
+FL_FN void store_two(f16* p, Two two) {
+  store(p, two.first);
+  store(p + Lanes<vf>::count, two.second);
+}
+FL_FN float load_one(const float* p) { return *p; }
+FL_FN double load_one(const double* p) { return *p; }
+template <class S>
+FL_FN float load_one(const S* p) {
+  return widen(vh{} + p->bits, S{})[0];
+}
+FL_FN void store_one(float* p, float x) { *p = x; }
+FL_FN void store_one(double* p, double x) { *p = x; }
+template <class S>
+FL_FN void store_one(S* p, float x) {
+  p->bits = narrow(vf{} + x, S{})[0];
 }
 // The first n < lanes elements; the other lanes read `fill`, and are neither touched in memory nor written.
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
@@ -273,6 +316,12 @@ FL_FN vf join(vd low, vd high) {
   return bits<vf>(Halves{__builtin_convertvector(low, half_vf), __builtin_convertvector(high, half_vf)});
 }
 
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+FL_FN vd to_double(half_vf v) { return bits<vd>(_mm512_maskz_cvtps_pd(0xff, bits<__m256>(v))); }  // GCC takes five
+#else
+FL_FN vd to_double(half_vf v) { return __builtin_convertvector(v, vd); }
+#endif
+
 // A vector's numbers in double, for what must be rounded once only.
 struct Wide {
   vd low, high;
@@ -281,7 +330,7 @@ struct Wide {
   friend FL_INLINE Wide operator+(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
   friend FL_INLINE Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
 };
-FL_FN Wide wide(vf v) { return {__builtin_convertvector(low_half(v), vd), __builtin_convertvector(high_half(v), vd)}; }
+FL_FN Wide wide(vf v) { return {to_double(low_half(v)), to_double(high_half(v))}; }
 FL_FN vd wide(vd v) { return v; }
 FL_FN Wide load_wide(const double* p, vf) { return {load(p), load(p + Lanes<vd>::count)}; }
 FL_FN vd load_wide(const double* p, vd) { return load(p); }
@@ -293,9 +342,7 @@ FL_FN void store_wide(double* p, vd w) { store(p, w); }
 FL_FN vf round_once(Wide w) { return join(w.low, w.high); }
 FL_FN vd round_once(vd w) { return w; }
 // Sums are taken in double, so that their error does not grow with the count.
-FL_FN vd to_double_sum(vf v) {
-  return __builtin_convertvector(low_half(v), vd) + __builtin_convertvector(high_half(v), vd);
-}
+FL_FN vd to_double_sum(vf v) { return to_double(low_half(v)) + to_double(high_half(v)); }
 FL_FN vd to_double_sum(vd v) { return v; }
 FL_FN vd to_double_sum(Wide w) { return w.low + w.high; }
 
@@ -321,3 +368,37 @@ template <class V>
 FL_FN typename Lanes<V>::Scalar max_lanes(V v) {
   return fold_lanes<typename Lanes<V>::Scalar, Lanes<V>::count>(v, [](auto a, auto b) { return a < b ? b : a; });
 }
+
+// A square of vectors, its rows for its columns: the halves across the diagonal change places, then those of each half.
+#if defined(__clang__) || __GNUC__ >= 12
+template <int step, bool high, class V, size_t... lane>
+FL_FN V exchange(V a, V b, std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane);
+  if constexpr (high)
+    return __builtin_shufflevector(a, b, (lane & step ? lanes + lane : lane + step)...);
+  else
+    return __builtin_shufflevector(a, b, (lane & step ? lanes + lane - step : lane)...);
+}
+template <class V, int step = Lanes<V>::count / 2>
+FL_FN void transpose(V (&square)[Lanes<V>::count]) {
+  if constexpr (step > 0) {
+    constexpr auto lane = std::make_index_sequence<Lanes<V>::count>();
+#pragma GCC unroll 16
+    for (int i = 0; i < Lanes<V>::count; ++i)
+      if (!(i & step)) {
+        const V a = square[i], b = square[i + step];
+        square[i] = exchange<step, false>(a, b, lane);
+        square[i + step] = exchange<step, true>(a, b, lane);
+      }
+    transpose<V, step / 2>(square);
+  }
+}
+#else
+template <class V>
+FL_FN void transpose(V (&square)[Lanes<V>::count]) {
+  V old[Lanes<V>::count];
+  __builtin_memcpy(old, square, sizeof old);
+  for (int i = 0; i < Lanes<V>::count; ++i)
+    for (int k = 0; k < Lanes<V>::count; ++k) square[i][k] = old[k][i];
+}
+#endif

@@ -4,9 +4,9 @@
 //   memory once: block by block, its maximum is found and its exponentials are summed and stored while the
 //   block sits in L1; a second sweep over the stored exponentials, now in L2, turns them into the gradient.
 //   Between the two stand the row's formulas, evaluated for a group of short rows at once.
-// softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes.
-//   For (N, C, d1, ...) logits the positions are contiguous and used where they lie; for short rows and for any
-//   other strides a group of positions is transposed into a tile first.
+// softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes. A group
+//   of positions is brought into a tile [C, group] and their gradient back, by copies where the positions are
+//   contiguous, as in (N, C, d1, ...) logits, and by transpositions where the classes are.
 //
 // Memory traffic of both: each logit in once, each gradient out once.
 //
@@ -21,6 +21,9 @@ struct Flag {
   static constexpr bool value = flag;
 };
 
+// The dense part: none, the same for every class (label smoothing alone), or any.
+enum class Dense { none, uniform, any };
+
 template <class T>
 struct DenseTarget {
   using V = typename VectorOf<T>::V;
@@ -28,12 +31,14 @@ struct DenseTarget {
   T keep, smooth;   // 1 - label_smoothing, label_smoothing / C
 
   // q of the classes from j on, t their targets; t is nullptr where the target is an index.
-  FL_INLINE V whole(int64_t j, const T* t) const {
+  template <class S>
+  FL_INLINE V whole(int64_t j, const S* t) const {
     const V q = keep * (t ? load(t) : V{}) + smooth;
     return weight ? load(weight + j) * q : q;
   }
   // The same for n < lanes classes; the other lanes are 0.
-  FL_INLINE V part(int64_t j, const T* t, int64_t n) const {
+  template <class S>
+  FL_INLINE V part(int64_t j, const S* t, int64_t n) const {
     const V q = keep * (t ? load_part<V>(t, n, 0) : V{}) + smooth;
     return load_part<V>(weight ? weight + j : ones, n, 0) * q;
   }
@@ -90,6 +95,8 @@ FL_FN vf what_is_left(Wide exact, vf rounded) {
 }
 FL_FN vd what_is_left(vd, vd) { return vd{}; }
 
+FL_FN double plain_nan(double x) { return x == x ? x : __builtin_nan(""); }
+
 template <class T>
 constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : static_cast<T>(-__FLT_MAX__);
 
@@ -99,219 +106,278 @@ constexpr int kMaxBlocks = 64;
 constexpr int64_t kBlock = 1024;  // classes: the logits and exponentials of a block stay in L1
 constexpr int64_t kGroup = 8192;  // logits: those of a group of short rows stay in L2
 
-template <class T, bool dense, bool want_grad>
-static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+// bf16 and fp16: the gradient's memory does not hold an exponential. A second, coarse one costs less than a row of
+// them in fp32, which is twice the row's size.
+template <class S>
+constexpr bool is_narrow = sizeof(S) == 2;
+
+template <class S>
+FL_FN auto term_of(vf x) {
+  if constexpr (is_narrow<S>)
+    return exp_term_coarse(x);
+  else
+    return exp_term(x);
+}
+template <class S>
+FL_FN vd term_of(vd x) {
+  return exp_term(x);
+}
+
+// A group of rows, a lane a row: where they lie, and what one pass over them leaves behind.
+template <class S>
+struct RowGroup {
+  using T = typename ComputeOf<S>::T;
+  static constexpr int lanes = Lanes<typename VectorOf<T>::V>::count;
+  int count;
+  int64_t position[lanes], target[lanes];  // -1: the target is no index
+  const S* logits[lanes];                  // [C]
+  const S* probability[lanes];             // [C] or nullptr
+  S* grad[lanes];                          // [C] exponentials where they fit, then the gradient; or nullptr
+  T maximum[lanes];                        // of the blocks seen so far; the next three are relative to it
+  alignas(64) double rest[lanes], q_sum[lanes], q_distance[lanes];
+  alignas(64) T target_distance[lanes], weight[lanes];
+  alignas(64) double scale[lanes], factor[lanes], at_target[lanes];
+};
+
+// The n classes from b on: the maxima.
+template <class S>
+FL_CALL void find_maxima(RowGroup<S>& rows, int64_t b, int64_t n) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename VectorOf<T>::V;
+  constexpr int lanes = Lanes<V>::count;
+  for (int i = 0; i < rows.count; ++i) {
+    const S* x = rows.logits[i] + b;
+    V highest[4];
+    for (V& vector : highest) vector = broadcast<V>(lowest<T>);
+    int64_t j = 0;
+    for (; j + 4 * lanes <= n; j += 4 * lanes)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
+    for (; j + lanes <= n; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
+    if (j < n) highest[1] = at_least(load_part<V>(x + j, n - j, lowest<T>), highest[1]);
+    const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
+    const T before = rows.maximum[i];
+    if (b == 0) {
+      rows.maximum[i] = top > lowest<T> ? top : lowest<T>;
+    } else if (top > before) {
+      rows.rest[i] *= exp_scalar(before - top);
+      rows.q_distance[i] += rows.q_sum[i] * (static_cast<double>(top) - before);
+      rows.maximum[i] = top;
+    }
+  }
+}
+
+// The sums over them. The target's own term is kept out of `rest`.
+template <class S, Dense dense, bool keep>
+FL_CALL void add_terms(RowGroup<S>& rows, int64_t b, int64_t n, const DenseTarget<typename ComputeOf<S>::T>& target) {
+  using T = typename ComputeOf<S>::T;
   using V = typename VectorOf<T>::V;
   using I = typename Lanes<V>::Int;
   using Lane = decltype(I{}[0] + 0);
   constexpr int lanes = Lanes<V>::count;
+  for (int i = 0; i < rows.count; ++i) {
+    const S* x = rows.logits[i] + b;
+    const S* t = rows.probability[i] ? rows.probability[i] + b : nullptr;
+    S* e = keep ? rows.grad[i] + b : nullptr;
+    const V top = broadcast<V>(rows.maximum[i]);
+    const int64_t own = rows.target[i] - b;
+    vd total_term{}, total_q{}, total_q_distance{};
+    V sum{}, sum_q{}, sum_q_distance{};
 
-  const DType dtype = a.dtype;
+    const int64_t next = n * rows.count;
+    const auto sum_up = [&](auto holds_target) {
+      I ahead = lane_numbers<V>() - static_cast<Lane>(holds_target.value ? own : 0);
+      const auto add = [&](V term) {
+        if constexpr (holds_target.value) term = select<V>(ahead == 0, V{}, term);
+        ahead += lanes;
+        sum += term;
+      };
+      for (int64_t j = 0; j < n;) {
+        // Few additions in T before the sum goes on in double: in a confident row one lane holds a 1 to round at.
+        const int64_t stop = j + 4 * lanes < n ? j + 4 * lanes : n;
+        for (; j + lanes <= stop; j += lanes) {
+          __builtin_prefetch(x + j + next);
+          const V distance = load(x + j) - top, term = term_of<S>(distance);
+          if constexpr (keep) store(e + j, term);
+          add(term);
+          if constexpr (dense == Dense::uniform) sum_q_distance -= distance;
+          if constexpr (dense == Dense::any) {
+            const V q = target.whole(b + j, t ? t + j : nullptr);
+            sum_q += q;
+            sum_q_distance -= q * distance;
+          }
+        }
+        if (const int64_t left = stop - j; left > 0) {
+          const V distance = load_part<V>(x + j, left, -static_cast<T>(__builtin_inf())) - top;
+          const V term = term_of<S>(distance);
+          if constexpr (keep) store_part(e + j, left, term);
+          add(term);
+          if constexpr (dense != Dense::none) {
+            const V q = dense == Dense::uniform ? broadcast<V>(1) : target.part(b + j, t ? t + j : nullptr, left);
+            sum_q += q;
+            sum_q_distance -= select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(left), q * distance, V{});
+          }
+          j = n;
+        }
+        total_term += to_double_sum(sum);
+        sum = V{};
+        if constexpr (dense == Dense::any) {
+          total_q += to_double_sum(sum_q);
+          sum_q = V{};
+        }
+        if constexpr (dense != Dense::none) {
+          total_q_distance += to_double_sum(sum_q_distance);
+          sum_q_distance = V{};
+        }
+      }
+    };
+    if (own >= 0 && own < n)
+      sum_up(Flag<true>{});
+    else
+      sum_up(Flag<false>{});
+    rows.rest[i] += sum_lanes(total_term);
+    if constexpr (dense == Dense::uniform) {
+      rows.q_sum[i] += static_cast<double>(target.smooth) * n;
+      rows.q_distance[i] += static_cast<double>(target.smooth) * sum_lanes(total_q_distance);
+    }
+    if constexpr (dense == Dense::any) {
+      rows.q_sum[i] += sum_lanes(total_q);
+      rows.q_distance[i] += sum_lanes(total_q_distance);
+    }
+  }
+}
+
+// The gradient of them. `correction` multiplies exponentials that are relative to another maximum than the row's.
+template <class S, Dense dense>
+FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t b, int64_t n, double correction,
+                            const DenseTarget<typename ComputeOf<S>::T>& target) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename VectorOf<T>::V;
+  constexpr int lanes = Lanes<V>::count;
+  for (int i = 0; i < rows.count; ++i) {
+    const S* from = (is_narrow<S> ? rows.logits[i] : rows.grad[i]) + b;
+    const S* t = rows.probability[i] ? rows.probability[i] + b : nullptr;
+    S* to = rows.grad[i] + b;
+    const V top = broadcast<V>(rows.maximum[i]);
+    const double factor = plain_nan(rows.factor[i] * correction);
+    const V high = broadcast<V>(static_cast<T>(factor));
+    const V low = broadcast<V>(static_cast<T>(what_is_left(factor, high[0])));
+    const V scale = broadcast<V>(static_cast<T>(plain_nan(rows.scale[i]))), same = scale * target.smooth;
+    const auto gradient = [&](V term, V q) {
+      V small{};
+      if constexpr (is_narrow<S>)
+        term = exp_term_coarse(term - top);
+      else
+        small = term * low;
+      if constexpr (dense == Dense::uniform) small -= same;
+      if constexpr (dense == Dense::any) small -= scale * q;
+      if constexpr (is_narrow<S> && dense == Dense::none) return term * high;
+      return term * high + small;
+    };
+    int64_t j = 0;
+    if constexpr (is_narrow<S> && dense != Dense::any)
+      for (; j + 2 * lanes <= n; j += 2 * lanes) {
+        const Two terms = load_two(from + j);
+        store_two(to + j, {gradient(terms.first, V{}), gradient(terms.second, V{})});
+      }
+    for (; j + lanes <= n; j += lanes)
+      store(to + j, gradient(load(from + j), dense == Dense::any ? target.whole(b + j, t ? t + j : nullptr) : V{}));
+    if (const int64_t left = n - j; left > 0)
+      store_part(to + j, left,
+                 gradient(load_part<V>(from + j, left, 0),
+                          dense == Dense::any ? target.part(b + j, t ? t + j : nullptr, left) : V{}));
+    if (const int64_t y = rows.target[i]; y >= b && y < b + n) {
+      double grad = rows.at_target[i];
+      if constexpr (dense != Dense::none)
+        grad -= rows.scale[i] * static_cast<double>(target.smooth) * (target.weight ? target.weight[y] : T{1});
+      store_one(to + y - b, static_cast<T>(grad));
+    }
+  }
+}
+
+template <class S, Dense dense, bool want_grad>
+static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename VectorOf<T>::V;
+  constexpr int lanes = Lanes<V>::count;
+  constexpr bool keep = want_grad && !is_narrow<S>;
+
   const int64_t classes = a.classes;
   int64_t block = kBlock;
   while (block * kMaxBlocks < classes) block *= 2;
   // The formulas of a row cost as much for one row as for a vector of them: short rows are taken in groups.
   const int64_t fit = kGroup / classes, group = classes > block ? 1 : fit < lanes ? fit : lanes;
-
-  // Exponentials are kept in the gradient's own memory where its type allows; for fp16 and bf16 in rows of the
-  // compute type, so that they are rounded once.
-  const bool narrow = dtype != compute_dtype<T>;
-  const auto rows = std::unique_ptr<T[]>(narrow ? new T[want_grad ? group * classes : block] : nullptr);
-  const auto target_block = std::unique_ptr<T[]>(narrow && a.probability ? new T[block] : nullptr);
   const DenseTarget<T> target{static_cast<const T*>(a.weight),
                               static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
-  const auto target_of = [&](int64_t offset, int64_t n) -> const T* {
-    if (!dense || !a.probability) return nullptr;
-    return stage_run<T>(dtype, a.probability, offset, 1, n, target_block.get());
-  };
   double total = 0;
 
-  // What one pass over each row of a group leaves behind, a lane a row.
-  int64_t index[lanes], grad_offset[lanes], probability_offset[lanes];
-  bool live[lanes];
-  T* exponentials[lanes];
-  T maximum[lanes], block_maximum[kMaxBlocks];  // the latter of the one row of a group with several blocks
-  alignas(64) T target_distance[lanes], weight[lanes];
-  alignas(64) double rest[lanes], q_sum[lanes], q_distance[lanes], scale[lanes], factor[lanes], at_target[lanes];
-
+  RowGroup<S> rows;
+  T block_maximum[kMaxBlocks];  // of the one row of a group with several blocks
   Cursor cursor(a, begin);
-  for (int64_t first = begin; first < end; first += group) {
-    const int64_t count = end - first < group ? end - first : group;
+  for (int64_t p = begin; p < end;) {
     for (int i = 0; i < lanes; ++i) {  // harmless numbers where there is no row
-      live[i] = false;
-      target_distance[i] = weight[i] = 0;
-      rest[i] = 1;
-      q_sum[i] = q_distance[i] = scale[i] = 0;
+      rows.target_distance[i] = rows.weight[i] = 0;
+      rows.rest[i] = rows.q_sum[i] = rows.q_distance[i] = rows.scale[i] = 0;
     }
-    for (int64_t i = 0; i < count; ++i, cursor.advance(1)) {
-      const int64_t p = first + i, y = a.index ? a.index[p] : -1;
+    int i = 0;
+    for (; p < end && i < group; ++p, cursor.advance(1)) {
+      S* grad = want_grad ? static_cast<S*>(a.grad) + cursor.grad : nullptr;
+      const int64_t y = a.index ? a.index[p] : -1;
       if (a.index && y == a.ignore_index) {
-        if constexpr (want_grad) {
-          const int64_t size = dtype == DType::f64 ? 8 : narrow ? 2 : 4;
-          __builtin_memset(static_cast<char*>(a.grad) + cursor.grad * size, 0, classes * size);
-        }
+        if constexpr (want_grad) __builtin_memset(grad, 0, classes * sizeof(S));
+        if (a.value) store_one(static_cast<S*>(a.value) + p, T{0});
         continue;
       }
-      live[i] = true;
-      index[i] = y;
-      grad_offset[i] = cursor.grad;
-      probability_offset[i] = cursor.probability;
-      scale[i] = a.grad_scale * (a.upstream ? load_scalar<T>(dtype, a.upstream, p) : 1);
-      T* e = nullptr;  // [C] exponentials, then the gradient
-      if constexpr (want_grad) e = narrow ? rows.get() + i * classes : static_cast<T*>(a.grad) + cursor.grad;
-      exponentials[i] = e;
-      // Read now: where the gradient overwrites the logits it is gone later.
-      const T target_logit = y >= 0 ? load_scalar<T>(dtype, a.logits, cursor.logits + y) : 0;
-
-      T top_so_far = lowest<T>;
-      double row_rest = 0, row_q = 0, row_q_distance = 0;  // relative to top_so_far
-      for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
-        const int64_t n = b + block < classes ? block : classes - b;
-        const int64_t whole = n / lanes * lanes;
-        const T* x = stage_run<T>(dtype, a.logits, cursor.logits + b, 1, n, want_grad ? e + b : rows.get());
-        const T* t = target_of(cursor.probability + b, n);
-
-        V highest[4] = {broadcast<V>(lowest<T>), broadcast<V>(lowest<T>), broadcast<V>(lowest<T>),
-                        broadcast<V>(lowest<T>)};
-        int64_t j = 0;
-        for (; j + 4 * lanes <= whole; j += 4 * lanes)
-#pragma GCC unroll 4
-          for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
-        for (; j < whole; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
-        if (whole < n) highest[1] = at_least(load_part<V>(x + whole, n - whole, lowest<T>), highest[1]);
-        const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
-        if (top > top_so_far) {
-          if (b > 0) {
-            row_rest *= exp_scalar(top_so_far - top);
-            if (dense) row_q_distance += row_q * (static_cast<double>(top) - top_so_far);
-          }
-          top_so_far = top;
-        }
-        if (k < kMaxBlocks) block_maximum[k] = top_so_far;
-
-        // Few additions in T before the sum goes on in double: in a confident row one lane holds a 1 to round at.
-        vd total_term{}, total_q{}, total_q_distance{};
-        V sum{}, sum_q{}, sum_q_distance{};
-        const auto flush = [&] {
-          total_term += to_double_sum(sum);
-          sum = V{};
-          if constexpr (dense) {
-            total_q += to_double_sum(sum_q);
-            total_q_distance += to_double_sum(sum_q_distance);
-            sum_q = sum_q_distance = V{};
-          }
-        };
-        const auto step = [&](int64_t j) {
-          const V distance = top_so_far - load(x + j);
-          const V term = exp_term(-distance);
-          if constexpr (want_grad) store(e + b + j, term);
-          if constexpr (dense) {
-            const V q = target.whole(b + j, t ? t + j : nullptr);
-            sum_q += q;
-            sum_q_distance += q * distance;
-          }
-          return term;
-        };
-        const auto steps = [&](int64_t j, int64_t until) {
-          for (; j + 4 * lanes <= until; j += 4 * lanes) {
-#pragma GCC unroll 4
-            for (int u = 0; u < 4; ++u) sum += step(j + u * lanes);
-            flush();
-          }
-          for (; j < until; j += lanes) sum += step(j);
-          flush();
-        };
-        const auto without = [&](V term, int64_t lane) {
-          return select<V>(lane_numbers<V>() == I{} + static_cast<Lane>(lane), V{}, term);
-        };
-        const int64_t target_vector = y >= b && y < b + whole ? (y - b) / lanes * lanes : whole;
-        steps(0, target_vector);
-        if (target_vector < whole) {  // the target's own term is kept out of the sum
-          sum += without(step(target_vector), y - b - target_vector);
-          steps(target_vector + lanes, whole);
-        }
-        if (const int64_t left = n - whole; left > 0) {
-          const V distance = top_so_far - load_part<V>(x + whole, left, -static_cast<T>(__builtin_inf()));
-          const V term = exp_term(-distance);
-          if constexpr (want_grad) store_part(e + b + whole, left, term);
-          if constexpr (dense) {
-            const V q = target.part(b + whole, t ? t + whole : nullptr, left);
-            sum_q += q;
-            sum_q_distance += select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(left), q * distance, V{});
-          }
-          sum += y >= b + whole && y < b + n ? without(term, y - b - whole) : term;
-          flush();
-        }
-        row_rest += sum_lanes(total_term);
-        if constexpr (dense) {
-          row_q += sum_lanes(total_q);
-          row_q_distance += sum_lanes(total_q_distance);
-        }
-      }
-      maximum[i] = top_so_far;
-      rest[i] = row_rest;
-      q_sum[i] = row_q;
-      q_distance[i] = row_q_distance;
+      rows.position[i] = p;
+      rows.target[i] = y;
+      rows.logits[i] = static_cast<const S*>(a.logits) + cursor.logits;
+      rows.probability[i] = a.probability ? static_cast<const S*>(a.probability) + cursor.probability : nullptr;
+      rows.grad[i] = grad;
+      rows.scale[i] = a.grad_scale * (a.upstream ? load_one(static_cast<const S*>(a.upstream) + p) : 1);
       if (y >= 0) {
-        target_distance[i] = top_so_far - target_logit;
-        weight[i] = (target.weight ? target.weight[y] : T{1}) * static_cast<T>(1 - a.label_smoothing);
+        // Where the gradient overwrites the logits it is gone later.
+        rows.target_distance[i] = load_one(rows.logits[i] + y);
+        rows.weight[i] = (target.weight ? target.weight[y] : T{1}) * static_cast<T>(1 - a.label_smoothing);
       }
+      ++i;
     }
+    rows.count = i;
+    for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
+      const int64_t n = b + block < classes ? block : classes - b;
+      find_maxima(rows, b, n);
+      if (k < kMaxBlocks) block_maximum[k] = rows.maximum[0];
+      add_terms<S, dense, keep>(rows, b, n, target);
+    }
+    for (i = 0; i < rows.count; ++i)
+      if (rows.target[i] >= 0) rows.target_distance[i] = rows.maximum[i] - rows.target_distance[i];
+    for (; i < lanes; ++i) rows.rest[i] = 1;
 
     // The rows' formulas, a lane a row.
-    const auto wide_rest = load_wide(rest, V{}), wide_q = load_wide(q_sum, V{});
-    const V distance = load(target_distance);
+    const auto wide_rest = load_wide(rows.rest, V{}), wide_q = load_wide(rows.q_sum, V{});
+    const V distance = load(rows.target_distance);
     const RowSums<V> sums{distance, a.index ? exp_term(-distance) : V{}, round_once(wide_rest)};
     RowLoss<V> loss{};
     if (a.index)
-      loss = a.gamma > 0 ? softmax_focal_row(sums, load(weight), a.gamma) : cross_entropy_row(sums, load(weight));
+      loss = a.gamma > 0 ? softmax_focal_row(sums, load(rows.weight), a.gamma)
+                         : cross_entropy_row(sums, load(rows.weight));
     auto value = wide(loss.value);
-    if constexpr (dense) value = value + load_wide(q_distance, V{}) + wide_q * wide(log_sum(sums));
+    if constexpr (dense != Dense::none) value = value + load_wide(rows.q_distance, V{}) + wide_q * wide(log_sum(sums));
     total += sum_lanes(to_double_sum(value));
     if (a.value) {
       T lane[lanes];
       store(lane, round_once(value));
-      unstage_run<T>(dtype, a.value, first, 1, count, lane);
+      for (i = 0; i < rows.count; ++i) store_one(static_cast<S*>(a.value) + rows.position[i], lane[i]);
     }
 
     if constexpr (want_grad) {
-      const auto all = wide_rest + wide(sums.target_term), wide_scale = load_wide(scale, V{});
-      store_wide(factor, (wide(loss.softmax) + wide_q) * wide_scale / all);
-      store_wide(at_target, (wide(loss.target) + wide_q * wide(sums.target_term) / all) * wide_scale);
-      for (int64_t i = 0; i < count; ++i) {
-        if (!live[i]) continue;
-        const int64_t y = index[i];
-        T* e = exponentials[i];
-        const V row_scale = broadcast<V>(static_cast<T>(scale[i]));
-        for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
-          const int64_t n = b + block < classes ? block : classes - b;
-          double block_factor = factor[i];
-          if (classes > block && block_maximum[k] != maximum[i])
-            block_factor *= exp_scalar(block_maximum[k] - maximum[i]);
-          const V high = broadcast<V>(static_cast<T>(block_factor));
-          const V low = broadcast<V>(static_cast<T>(what_is_left(block_factor, high[0])));
-          const T* t = target_of(probability_offset[i] + b, n);
-          const auto gradient = [&](V term, V q) {
-            const V small = dense ? term * low - row_scale * q : term * low;
-            return term * high + small;
-          };
-          T* g = e + b;
-          int64_t j = 0;
-          for (; j + lanes <= n; j += lanes)
-            store(g + j, gradient(load(g + j), dense ? target.whole(b + j, t ? t + j : nullptr) : V{}));
-          if (j < n)
-            store_part(
-                g + j, n - j,
-                gradient(load_part<V>(g + j, n - j, 0), dense ? target.part(b + j, t ? t + j : nullptr, n - j) : V{}));
-          if (y >= b && y < b + n) {
-            double grad = at_target[i];
-            if constexpr (dense)
-              grad -= scale[i] * static_cast<double>(target.smooth) * (target.weight ? target.weight[y] : T{1});
-            e[y] = static_cast<T>(grad);
-          }
-          unstage_run<T>(dtype, a.grad, grad_offset[i] + b, 1, n, g);
-        }
+      const auto all = wide_rest + wide(sums.target_term), scale = load_wide(rows.scale, V{});
+      store_wide(rows.factor, (wide(loss.softmax) + wide_q) * scale / all);
+      store_wide(rows.at_target, (wide(loss.target) + wide_q * wide(sums.target_term) / all) * scale);
+      for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
+        const bool moved = keep && classes > block && block_maximum[k] != rows.maximum[0];
+        write_gradient<S, dense>(rows, b, b + block < classes ? block : classes - b,
+                                 moved ? exp_scalar(block_maximum[k] - rows.maximum[0]) : 1, target);
       }
     }
   }
@@ -320,40 +386,105 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
 
 // ---- columns --------------------------------------------------------------------------------------------------
 
-// Moves n positions' logits between strided memory and a tile [C, pitch]; offset[i] is position i's first logit.
-// `column` is room for the C logits of one position.
+// What reads and writes the memory of n positions, `step` apart where the next is as far as the one before, else 0.
 template <class T>
-FL_CALL void read_columns(DType dtype, const void* data, const int64_t* offset, bool contiguous, int64_t class_stride,
-                          int64_t classes, int64_t n, T* tile, int64_t pitch, T* column) {
-  if (contiguous) {
-    for (int64_t c = 0; c < classes; ++c) {
-      T* to = tile + c * pitch;
-      const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
-      if (run != to) read_run(run, 1, n, to);
-      for (int64_t i = n; i < pitch; ++i) to[i] = 0;
+struct Columns {
+  using V = typename VectorOf<T>::V;
+  static constexpr int lanes = Lanes<V>::count;
+  DType dtype;
+  const int64_t* offset;  // [n] of each position's first logit
+  int64_t step, class_stride, classes, n, pitch;
+  T* column;  // room for the logits of one position
+
+  // Whether a loop may as well read and write the memory as a tile.
+  bool lies_as_tile() const { return step == 1 && dtype == compute_dtype<T> && n == pitch; }
+
+  // To a tile [C, pitch].
+  __attribute__((noinline)) void read(const void* data, T* tile) const {
+    if (step == 1) {
+      for (int64_t c = 0; c < classes; ++c) {
+        T* to = tile + c * pitch;
+        const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
+        if (run != to)
+          for (int64_t i = 0; i < n; i += lanes) move(run + i, to + i, n - i);
+      }
+    } else if (rows()) {
+      const T* from = static_cast<const T*>(data);
+      for (int64_t i = 0; i < n; i += lanes) transpose_in(from, i, tile + i);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const T* from = stage_run(dtype, data, offset[i], class_stride, classes, column);
+        for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = from[c];
+      }
     }
-    return;
+    for (int64_t c = 0; n < pitch && c < classes; ++c)
+      for (int64_t i = n; i < pitch; ++i) tile[c * pitch + i] = 0;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const T* from = stage_run(dtype, data, offset[i], class_stride, classes, column);
-    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = from[c];
+  // From it.
+  __attribute__((noinline)) void write(void* data, const T* tile) const {
+    if (step == 1) {
+      for (int64_t c = 0; c < classes; ++c) {
+        const T* run = tile + c * pitch;
+        T* to = static_cast<T*>(data) + offset[0] + c * class_stride;
+        if (dtype == compute_dtype<T>)
+          for (int64_t i = 0; i < n; i += lanes) move(run + i, to + i, n - i);
+        else
+          unstage_run(dtype, data, offset[0] + c * class_stride, 1, n, run);
+      }
+    } else if (rows()) {
+      T* to = static_cast<T*>(data);
+      for (int64_t i = 0; i < n; i += lanes) transpose_out(tile + i, i, to);
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
+        unstage_run(dtype, data, offset[i], class_stride, classes, column);
+      }
+    }
   }
-  for (int64_t i = n; i < pitch; ++i)
-    for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = 0;
-}
-template <class T>
-FL_CALL void write_columns(DType dtype, void* data, const int64_t* offset, bool contiguous, int64_t class_stride,
-                           int64_t classes, int64_t n, const T* tile, int64_t pitch, T* column) {
-  if (contiguous) {
-    for (int64_t c = 0; c < classes; ++c)
-      unstage_run(dtype, data, offset[0] + c * class_stride, 1, n, tile + c * pitch);
-    return;
+
+ private:
+  bool rows() const { return class_stride == 1 && dtype == compute_dtype<T>; }
+  FL_FN void move(const T* from, T* to, int64_t left) {
+    if (left >= lanes)
+      store(to, load(from));
+    else
+      store_part(to, left, load_part<V>(from, left, 0));
   }
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
-    unstage_run(dtype, data, offset[i], class_stride, classes, column);
+  // Squares of lanes x lanes, in registers.
+  FL_INLINE void transpose_in(const T* from, int64_t i, T* tile) const {
+    for (int64_t c = 0; c < classes; c += lanes) {
+      const int64_t width = classes - c < lanes ? classes - c : lanes;
+      V square[lanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) {
+        const T* row = from + offset[i + k < n ? i + k : n - 1] + c;
+        square[k] = width == lanes ? load(row) : load_part<V>(row, width, 0);
+      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k)
+        if (k < width) store(tile + (c + k) * pitch, square[k]);
+    }
   }
-}
+  FL_INLINE void transpose_out(const T* tile, int64_t i, T* to) const {
+    for (int64_t c = 0; c < classes; c += lanes) {
+      const int64_t width = classes - c < lanes ? classes - c : lanes;
+      V square[lanes];
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) square[k] = k < width ? load(tile + (c + k) * pitch) : V{};
+      transpose(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) {
+        if (i + k >= n) break;
+        T* row = to + offset[i + k] + c;
+        if (width == lanes)
+          store(row, square[k]);
+        else
+          store_part(row, width, square[k]);
+      }
+    }
+  }
+};
 
 // A sum of many terms in T: short runs, added up with Kahan's compensation.
 template <class V>
@@ -378,10 +509,11 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 
   const DType dtype = a.dtype;
   const int64_t classes = a.classes, last = a.ndim - 1;
-  const bool direct = dtype == compute_dtype<T>;
   const auto room = [](bool wanted, int64_t size) { return std::unique_ptr<T[]>(wanted ? new T[size] : nullptr); };
-  const auto logits_tile = room(true, classes * group), grad_tile = room(want_grad, classes * group),
-             target_tile = room(a.probability, classes * group), column = room(true, classes);
+  // The logits go through a tile even where they lie as the loop wants them: in images whose size is a power of two,
+  // the classes of one position compete for the same few lines of every cache.
+  const auto tile = room(true, classes * group), target_tile = room(a.probability, classes * group),
+             column = room(true, classes);
   const DenseTarget<T> target{nullptr, static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
   const T* weight = static_cast<const T*>(a.weight);
@@ -402,69 +534,72 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       cursor.advance(run);
       i += run;
     }
-
-    const auto tile_of = [&](const void* data, const int64_t* offset, int64_t stride, int64_t class_stride, T* tile,
-                             int64_t& pitch) -> const T* {
-      const bool contiguous = one_run && stride == 1;
-      pitch = class_stride;
-      if (contiguous && direct && n == group) return static_cast<const T*>(data) + offset[0];
-      read_columns(dtype, data, offset, contiguous, class_stride, classes, n, tile, group, column.get());
-      pitch = group;
-      return tile;
+    const auto columns = [&](const int64_t* offset, int64_t stride, int64_t class_stride) {
+      return Columns<T>{dtype, offset, one_run ? stride : 0, class_stride, classes, n, group, column.get()};
     };
-    int64_t x_pitch, t_pitch = 0, e_pitch = group;
-    const T* x =
-        tile_of(a.logits, logits_offset, a.logits_stride[last], a.logits_class_stride, logits_tile.get(), x_pitch);
-    const T* t = nullptr;
+    const auto logits = columns(logits_offset, a.logits_stride[last], a.logits_class_stride),
+               grad = columns(grad_offset, a.grad_stride[last], a.grad_class_stride);
+    T* x = tile.get();  // [C, group] logits, exponentials, gradient
+    const T* t = target_tile.get();
+
+    V highest[vectors];
+#pragma GCC unroll 4
+    for (V& vector : highest) vector = broadcast<V>(lowest<T>);
+    const bool direct = logits.lies_as_tile();
+    if (!direct) logits.read(a.logits, x);
+    const T* from = direct ? static_cast<const T*>(a.logits) + logits_offset[0] : x;
+    const int64_t from_pitch = direct ? a.logits_class_stride : group;
+    for (int64_t c = 0; c < classes; ++c)
+#pragma GCC unroll 4
+      for (int u = 0; u < vectors; ++u) {
+        const V logit = load(from + c * from_pitch + u * lanes);
+        if (direct) store(x + c * group + u * lanes, logit);
+        highest[u] = at_least(logit, highest[u]);
+      }
     if (dense && a.probability)
-      t = tile_of(a.probability, probability_offset, a.probability_stride[last], a.probability_class_stride,
-                  target_tile.get(), t_pitch);
-    T* e = grad_tile.get();  // [C, group] exponentials, then the gradient
-    const bool grad_contiguous = one_run && a.grad_stride[last] == 1;
-    const bool grad_in_place = want_grad && grad_contiguous && direct && n == group;
-    if (grad_in_place) {
-      e = static_cast<T*>(a.grad) + grad_offset[0];
-      e_pitch = a.grad_class_stride;
-    }
+      columns(probability_offset, a.probability_stride[last], a.probability_class_stride)
+          .read(a.probability, target_tile.get());
 
     // Targets and weights, a lane a position. A lane past the end counts as ignored.
     T index_lane[group], weight_lane[group], upstream_lane[group];
-    for (int64_t i = 0; i < group; ++i) {
-      const int64_t y = i < n && a.index ? a.index[p + i] : -1;
-      const bool live = i < n && !(a.index && y == a.ignore_index);
-      index_lane[i] = bits<T>(static_cast<Lane>(live ? (a.index ? y : -1) : -2));
-      weight_lane[i] = a.index && live ? (weight ? weight[y] : T{1}) : T{0};
-      upstream_lane[i] =
-          static_cast<T>(a.grad_scale * (i < n && a.upstream ? load_scalar<T>(dtype, a.upstream, p + i) : 1));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t y = a.index ? a.index[p + i] : -1;
+      index_lane[i] = bits<T>(static_cast<Lane>(a.index && y == a.ignore_index ? -2 : y));
     }
+    for (int64_t i = n; i < group; ++i) index_lane[i] = bits<T>(static_cast<Lane>(-2));
+    if (weight)
+      for (int64_t i = 0; i < group; ++i) {
+        const Lane y = bits<Lane>(index_lane[i]);
+        weight_lane[i] = y >= 0 ? weight[y] : T{0};
+      }
+    if (a.upstream)
+      for (int64_t i = 0; i < group; ++i)
+        upstream_lane[i] = i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(dtype, a.upstream, p + i)) : T{0};
 
-    V highest[vectors];
+    const bool in_place = want_grad && grad.lies_as_tile();
+    T* to = in_place ? static_cast<T*>(a.grad) + grad_offset[0] : x;
+    const int64_t to_pitch = in_place ? a.grad_class_stride : group;
     I y[vectors];
-#pragma GCC unroll 4
-    for (int u = 0; u < vectors; ++u) {
-      highest[u] = broadcast<V>(lowest<T>);
-      y[u] = bits<I>(load(index_lane + u * lanes));
-    }
-    for (int64_t c = 0; c < classes; ++c)
-#pragma GCC unroll 4
-      for (int u = 0; u < vectors; ++u) highest[u] = at_least(load(x + c * x_pitch + u * lanes), highest[u]);
-
     LongSum<V> rest[vectors], q_sum[vectors], q_distance[vectors];
     V target_distance[vectors] = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; ++u) y[u] = bits<I>(load(index_lane + u * lanes));
     for (int64_t c = 0; c < classes; ++c) {
       const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
       for (int u = 0; u < vectors; ++u) {
-        const V distance = highest[u] - load(x + c * x_pitch + u * lanes);
-        const V term = exp_term(-distance);
+        // Short runs far apart: no processor sees them coming. The next logits, and where this gradient will go.
+        if (direct) __builtin_prefetch(from + c * from_pitch + u * lanes + group);
+        if (in_place) __builtin_prefetch(to + c * to_pitch + u * lanes, 1);
+        const V distance = load(x + c * group + u * lanes) - highest[u], term = exp_term(distance);
         const I is_target = y[u] == I{} + static_cast<Lane>(c);
-        if constexpr (want_grad) store(e + c * e_pitch + u * lanes, term);
+        if constexpr (want_grad) store(x + c * group + u * lanes, term);
         rest[u].add(select<V>(is_target, V{}, term));
         target_distance[u] = select<V>(is_target, distance, target_distance[u]);
         if constexpr (dense) {
-          const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+          const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
           q_sum[u].add(q);
-          q_distance[u].add(q * distance);
+          q_distance[u].add(-q * distance);
         }
       }
       if (c % 4 == 3 || c + 1 == classes) {
@@ -485,8 +620,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
     for (int u = 0; u < vectors; ++u) {
       live[u] = y[u] != I{} - static_cast<Lane>(2);
       const I indexed = y[u] >= 0;
-      const RowSums<V> sums{target_distance[u], select<V>(indexed, exp_term(-target_distance[u]), V{}), rest[u].total};
-      const V row_weight = load(weight_lane + u * lanes);
+      const RowSums<V> sums{-target_distance[u], select<V>(indexed, exp_term(target_distance[u]), V{}), rest[u].total};
+      const V row_weight = weight ? load(weight_lane + u * lanes) : broadcast<V>(1);
       RowLoss<V> loss{};
       if (a.index)
         loss = a.gamma > 0 ? softmax_focal_row(sums, row_weight, a.gamma)
@@ -503,7 +638,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         if (left > 0) unstage_run(dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
       }
       if constexpr (want_grad) {
-        scale[u] = load(upstream_lane + u * lanes);
+        scale[u] = a.upstream ? load(upstream_lane + u * lanes) : broadcast<V>(static_cast<T>(a.grad_scale));
         const V q_total = dense ? q_sum[u].total : V{};
         at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
         if constexpr (dense) {
@@ -522,22 +657,19 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
         for (int u = 0; u < vectors; ++u) {
-          const V term = load(e + c * e_pitch + u * lanes);
-          V grad = term * softmax[u];
-          V at_this = at_target[u];
+          const V term = load(x + c * group + u * lanes);
+          V gradient = term * softmax[u], at_this = at_target[u];
           if constexpr (dense) {
-            const V q = class_weight * (target.keep * (t ? load(t + c * t_pitch + u * lanes) : V{}) + target.smooth);
+            const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
             const V small = term * softmax_low[u] - scale[u] * q;
-            grad = term * softmax[u] + small;
+            gradient = term * softmax[u] + small;
             at_this -= scale[u] * q;
           }
-          grad = select<V>(y[u] == I{} + static_cast<Lane>(c), at_this, grad);
-          store(e + c * e_pitch + u * lanes, select<V>(live[u], grad, V{}));
+          gradient = select<V>(y[u] == I{} + static_cast<Lane>(c), at_this, gradient);
+          store(to + c * to_pitch + u * lanes, select<V>(live[u], gradient, V{}));
         }
       }
-      if (!grad_in_place)
-        write_columns(dtype, a.grad, grad_offset, grad_contiguous, a.grad_class_stride, classes, n, e, e_pitch,
-                      column.get());
+      if (!in_place) grad.write(a.grad, x);
     }
   }
   return total;
@@ -589,24 +721,37 @@ static double count_targets(const SoftmaxArgs& a, int64_t begin, int64_t end, in
 
 // ---- instantiations -------------------------------------------------------------------------------------------
 
-template <class Run>
-FL_FN double for_options(const SoftmaxArgs& a, Run run) {
-  const bool dense = a.probability || a.label_smoothing != 0;
-  const auto with = [&](auto type) {
-    if (dense) return a.grad ? run(type, Flag<true>{}, Flag<true>{}) : run(type, Flag<true>{}, Flag<false>{});
-    return a.grad ? run(type, Flag<false>{}, Flag<true>{}) : run(type, Flag<false>{}, Flag<false>{});
-  };
-  return a.dtype == DType::f64 ? with(double{}) : with(float{});
+template <class S, bool want_grad>
+static double softmax_rows_of(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  if (a.probability || (a.weight && a.label_smoothing != 0))
+    return softmax_rows_range<S, Dense::any, want_grad>(a, begin, end);
+  if (a.label_smoothing != 0) return softmax_rows_range<S, Dense::uniform, want_grad>(a, begin, end);
+  return softmax_rows_range<S, Dense::none, want_grad>(a, begin, end);
 }
 
 static double softmax_rows(const SoftmaxArgs& a, int64_t begin, int64_t end) {
-  return for_options(a, [&](auto type, auto dense, auto grad) {
-    return softmax_rows_range<decltype(type), dense.value, grad.value>(a, begin, end);
-  });
+  const auto as = [&](auto stored) {
+    using S = decltype(stored);
+    return a.grad ? softmax_rows_of<S, true>(a, begin, end) : softmax_rows_of<S, false>(a, begin, end);
+  };
+  switch (a.dtype) {
+    case DType::f64: return as(double{});
+    case DType::bf16: return as(bf16{});
+    case DType::f16: return as(f16{});
+    case DType::f32: break;
+  }
+  return as(float{});
 }
 
 static double softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
-  return for_options(a, [&](auto type, auto dense, auto grad) {
-    return softmax_columns_range<decltype(type), dense.value, grad.value>(a, begin, end);
-  });
+  const bool dense = a.probability || a.label_smoothing != 0;
+  const auto as = [&](auto type) {
+    using T = decltype(type);
+    if (dense)
+      return a.grad ? softmax_columns_range<T, true, true>(a, begin, end)
+                    : softmax_columns_range<T, true, false>(a, begin, end);
+    return a.grad ? softmax_columns_range<T, false, true>(a, begin, end)
+                  : softmax_columns_range<T, false, false>(a, begin, end);
+  };
+  return a.dtype == DType::f64 ? as(double{}) : as(float{});
 }

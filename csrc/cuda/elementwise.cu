@@ -1,10 +1,14 @@
-// One kernel for every element-wise loss, of any size: a grid-stride loop. Each operand is moved in once and the
+// Two kernels for every element-wise loss, of any size: grid-stride loops. Each operand is moved in once and the
 // gradient out once: BCE in fp32 12 bytes an element, in bf16 6.
 //
+// plain: a sum or a mean over a dense target, without weights. The other kernel takes everything else.
 // packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
-//   moves 16 bytes of each at a time, and in the plain case loads two packs before it uses the first. Weights may have
-//   any strides: a pack that stays inside one run of the last dimension finds its place once.
+//   moves 16 bytes of each at a time, and in the plain kernel loads two packs before it uses the first. The weights may
+//   have any strides: a pack that stays inside one run of the last dimension finds its place once; so does an index
+//   target, which is read once for the pack's anchor.
 // otherwise: one element at a time, every operand by its strides.
+//
+// Labels are turned into codes and counted by a launch of their own.
 //
 // Values are added up in packs, by each thread with compensation, by the block in double, and by finish() in the
 // blocks' order: the same bits on every run.
@@ -18,118 +22,270 @@ namespace fused_losses::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 2048;       // a few for every multiprocessor there is
-constexpr int64_t kElementsAThread = 8;    // at least, so that small losses have few partial sums
+constexpr int64_t kMaxBlocks = 2048;  // a few for every multiprocessor there is
+constexpr int64_t kElementsAThread = 8;  // at least, so that small losses have few partial sums
 
 template <class T>
 struct ElementwiseParams {
-  T alpha_positive, alpha_negative, gamma;
-  double gamma_double, gamma_minus_one;
+  T alpha_positive, alpha_negative, slope;
+  double gamma, gamma_minus_one;
+  __device__ __forceinline__ explicit ElementwiseParams(const ElementwiseArgs& a)
+      : alpha_positive(static_cast<T>(a.alpha_positive)),
+        alpha_negative(static_cast<T>(a.alpha_negative)),
+        slope(static_cast<T>(a.detach_weight ? 0 : a.gamma)),
+        gamma(a.gamma),
+        gamma_minus_one(a.gamma - 1) {}
 };
 
-// Where element i of the common shape is, by the operand's strides.
-__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
-  if (operand.linear) return i;
+// The formula at one element.
+template <class Loss, class V, class T>
+__device__ __forceinline__ ValueGrad<V> loss_of(T x, T t, ElementWeights<V> weights,
+                                                const ElementwiseParams<V>& params) {
+  if constexpr (std::is_same_v<Loss, Bce>) require_probability(x);
+  Sigmoid<V> sigma{};
+  if constexpr (Loss::on_logits) sigma = sigmoid(V(x));
+  return Loss::apply(V(x), sigma, V(t), weights, params);
+}
+
+// Where element i of the common shape is, by these strides.
+__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const int64_t (&stride)[kMaxDims], int64_t i) {
   int64_t offset = 0;
   for (int d = a.ndim - 1; d > 0; --d) {
     const int64_t rest = i / a.size[d];
-    offset += (i - rest * a.size[d]) * operand.stride[d];
+    offset += (i - rest * a.size[d]) * stride[d];
     i = rest;
   }
-  return offset + i * operand.stride[0];
+  return offset + i * stride[0];
+}
+__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
+  return operand.linear ? i : offset_of(a, operand.stride, i);
 }
 
+// A weight may be of the compute dtype beside a narrower input.
+template <class S>
+__device__ __forceinline__ typename ComputeOf<S>::T value_at(const Operand& operand, int64_t offset) {
+  if constexpr (sizeof(S) == 2)
+    if (operand.dtype == DType::f32) return static_cast<const float*>(operand.data)[offset];
+  return widen(static_cast<const S*>(operand.data)[offset]);
+}
 template <class S>
 __device__ __forceinline__ typename ComputeOf<S>::T read(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
-  return operand.data ? widen(static_cast<const S*>(operand.data)[offset_of(a, operand, i)])
-                      : typename ComputeOf<S>::T{1};
+  return operand.data ? value_at<S>(operand, offset_of(a, operand, i)) : typename ComputeOf<S>::T{1};
 }
 
-// The elements i, i + 1, ..., i + n - 1 of a weight, where they are `step` apart: `whole`.
+// The elements i, i + 1, ... of a weight, one at a time.
 template <class S>
 struct WeightRun {
-  const S* data = nullptr;
-  int64_t step = 0;
-  bool whole = true;
+  int64_t offset, step;
+  const ElementwiseArgs& a;
+  const Operand& operand;
+  int64_t first;
 
-  __device__ __forceinline__ WeightRun(const ElementwiseArgs& a, const Operand& o, int64_t i, int n) {
+  __device__ __forceinline__ WeightRun(const ElementwiseArgs& args, const Operand& o, int64_t i, int n)
+      : offset(0), step(-1), a(args), operand(o), first(i) {
     if (!o.data) return;
     const int last = a.ndim - 1;
-    data = static_cast<const S*>(o.data) + offset_of(a, o, i);
-    step = o.linear ? 1 : o.stride[last];
-    whole = o.linear || i % a.size[last] + n <= a.size[last];
+    offset = offset_of(a, o, i);
+    if (o.linear)
+      step = 1;
+    else if (i % a.size[last] + n <= a.size[last])
+      step = o.stride[last];
   }
-  __device__ __forceinline__ typename ComputeOf<S>::T at(int k) const { return data ? widen(data[k * step]) : 1; }
+  __device__ __forceinline__ typename ComputeOf<S>::T at(int k) const {
+    if (!operand.data) return 1;
+    return step >= 0 ? value_at<S>(operand, offset + k * step) : read<S>(a, operand, first + k);
+  }
 };
 
-// plain: there are neither weights nor an upstream gradient an element, and no values are wanted.
-template <class Loss, class S, bool plain>
-__global__ void __launch_bounds__(kThreads, plain ? 3 : 2)
-    elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const S* scalar_upstream, double* partial) {
+template <class T>
+struct Target {
+  T t;
+  bool ignored;
+};
+
+// The elements i, i + 1, ... of an index target.
+template <class T>
+struct IndexRun {
+  const ElementwiseArgs& a;
+  int64_t first, anchor, from;  // from: the class of the first element
+  bool one_run;  // the n elements are in one run of the last dimension
+
+  __device__ __forceinline__ IndexRun(const ElementwiseArgs& args, int64_t i, int n) : a(args), first(i) {
+    const int last = a.ndim - 1;
+    one_run = a.index.code && i % a.size[last] + n <= a.size[last];
+    if (one_run) find(i, &anchor, &from);
+  }
+  __device__ __forceinline__ Target<T> at(int k) const {
+    int64_t here, c;
+    if (!one_run) {
+      find(first + k, &here, &c);
+    } else if (a.index.class_dim == a.ndim - 1) {
+      here = anchor;
+      c = from + k;
+    } else {
+      here = anchor + k * a.index.stride[a.ndim - 1];
+      c = from;
+    }
+    const int32_t code = a.index.code[here];
+    if (code != c) return {static_cast<T>(a.index.negative), code == kIgnored};
+    return {a.index.score ? static_cast<const T*>(a.index.score)[here] : static_cast<T>(a.index.positive), false};
+  }
+
+ private:
+  __device__ __forceinline__ void find(int64_t i, int64_t* where, int64_t* c) const {
+    *where = offset_of(a, a.index.stride, i);
+    for (int d = a.ndim - 1; d > a.index.class_dim; --d) i /= a.size[d];
+    *c = i % a.size[a.index.class_dim];
+  }
+};
+
+// What the mean divides by, the same in every thread; `scratch` holds a double a warp.
+__device__ __forceinline__ double denominator_of(const ElementwiseBuffers& b, double* scratch) {
+  if (b.avg_factor) return *b.avg_factor < 1 ? 1 : *b.avg_factor;  // NaN stays
+  if (!b.counts) return 1;
+  double count = 0;
+  for (int64_t i = threadIdx.x; i < b.count_blocks; i += blockDim.x) count += b.counts[i];
+  return block_sum(count, scratch) * b.classes;
+}
+
+template <class Loss, class S>
+__global__ void __launch_bounds__(kThreads)
+    elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
   using T = typename ComputeOf<S>::T;
   using V = typename FormulaOf<S>::V;
   constexpr int n = Pack<S>::size;
-  const ElementwiseParams<V> params{static_cast<V>(a.alpha_positive), static_cast<V>(a.alpha_negative),
-                                    static_cast<V>(a.gamma), a.gamma, a.gamma - 1};
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const ElementwiseParams<V> params(a);
+  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
+  if (b.scalar_upstream) scale *= widen(*static_cast<const S*>(b.scalar_upstream));
+  const bool indexed = a.index.code;
+  Sum<T> sum;
+
+  const auto element = [&](T x, Target<T> target, T weight, T pos_weight, T alpha, T upstream, T* grad) {
+    ElementWeights<V> weights{V(pos_weight), params.alpha_positive, params.alpha_negative};
+    if (a.alpha.data) {
+      weights.alpha_positive = V(alpha);
+      weights.alpha_negative = V(1 - alpha);
+    }
+    const ValueGrad<V> loss = loss_of<Loss>(x, target.t, weights, params);
+    *grad = target.ignored ? T{0} : static_cast<T>(loss.grad) * weight * scale * upstream;
+    return target.ignored ? T{0} : static_cast<T>(loss.value) * weight;
+  };
+  const auto probability_of = [](T x) {
+    const T far = sigmoid(x).far;
+    return x >= 0 ? 1 - far : far;
+  };
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  const int64_t packs = packed ? count / n : 0;
+  for (int64_t i = first; i < packs; i += step) {
+    const int64_t at = i * n;
+    const Pack<S> x = load_pack(static_cast<const S*>(a.input.data) + at);
+    const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n), alpha(a, a.alpha, at, n);
+    const IndexRun<T> index(a, at, n);
+    Pack<S> t, upstream;
+    if (!indexed) t = load_pack(static_cast<const S*>(a.target.data) + at);
+    if (a.upstream.data) upstream = load_pack(static_cast<const S*>(a.upstream.data) + at);
+    T value[n], grad[n], probability[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const Target<T> target = indexed ? index.at(k) : Target<T>{widen(t.at[k]), false};
+      value[k] = element(widen(x.at[k]), target, weight.at(k), pos_weight.at(k), alpha.at(k),
+                         a.upstream.data ? widen(upstream.at[k]) : T{1}, &grad[k]);
+      if (a.probability.data) probability[k] = probability_of(widen(x.at[k]));
+    }
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
+    if (a.value.data) store_pack(static_cast<S*>(a.value.data) + at, narrow_pack<S>(value));
+    if (a.probability.data) store_pack(static_cast<S*>(a.probability.data) + at, narrow_pack<S>(probability));
+    sum.add(pairwise_sum<n>(value));
+  }
+  // The elements after the last whole pack, or all of them.
+  for (int64_t i = packs * n + first; i < count; i += step) {
+    T g;
+    const T x = read<S>(a, a.input, i);
+    const Target<T> target = indexed ? IndexRun<T>(a, i, 1).at(0) : Target<T>{read<S>(a, a.target, i), false};
+    const T v = element(x, target, read<S>(a, a.weight, i), read<S>(a, a.pos_weight, i), read<S>(a, a.alpha, i),
+                        read<S>(a, a.upstream, i), &g);
+    sum.add(v);
+    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(g);
+    if (a.value.data) static_cast<S*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<S>::from(v);
+    if (a.probability.data)
+      static_cast<S*>(a.probability.data)[offset_of(a, a.probability, i)] = Narrow<S>::from(probability_of(x));
+  }
+  if (b.partial) {
+    const double total = block_sum(sum.total, scratch);
+    if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+  }
+}
+
+// Three blocks a multiprocessor, so that enough bytes are on their way.
+template <class Loss, class S>
+__global__ void __launch_bounds__(kThreads, 3)
+    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const S* scalar_upstream,
+                             double* partial) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<S>::V;
+  constexpr int n = Pack<S>::size;
+  const ElementwiseParams<V> params(a);
   T scale = static_cast<T>(a.grad_scale);
   if (scalar_upstream) scale *= widen(*scalar_upstream);
   Sum<T> sum;
 
-  // The value; *grad is its derivative, times the upstream gradient.
-  const auto element = [&](T x, T t, T weight, T pos_weight, T upstream, T* grad) {
-    if constexpr (std::is_same_v<Loss, Bce>) require_probability(x);
-    const ValueGrad<V> loss = Loss::apply(V(x), V(t), V(pos_weight), params);
-    *grad = static_cast<T>(loss.grad) * weight * scale * upstream;
-    return static_cast<T>(loss.value) * weight;
-  };
-  const auto single = [&](int64_t i) {
-    T grad;
-    const T value =
-        element(read<S>(a, a.input, i), read<S>(a, a.target, i), plain ? T{1} : read<S>(a, a.weight, i),
-                plain ? T{1} : read<S>(a, a.pos_weight, i), plain ? T{1} : read<S>(a, a.upstream, i), &grad);
-    sum.add(value);
-    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
-    if (!plain && a.value.data) static_cast<S*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<S>::from(value);
+  const auto element = [&](S x, S t, T* grad) {
+    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    const ValueGrad<V> loss = loss_of<Loss>(widen(x), widen(t), weights, params);
+    *grad = static_cast<T>(loss.grad) * scale;
+    return static_cast<T>(loss.value);
   };
   const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
   const auto target_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.target.data) + i * n); };
   const auto pack = [&](int64_t i, const Pack<S>& x, const Pack<S>& t) {
-    const int64_t at = i * n;
-    const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n);
-    if (!plain && !(weight.whole && pos_weight.whole)) {
-#pragma unroll 1
-      for (int k = 0; k < n; ++k) single(at + k);
-      return;
-    }
-    Pack<S> upstream;
-    if (!plain && a.upstream.data) upstream = load_pack(static_cast<const S*>(a.upstream.data) + at);
     T value[n], grad[n];
 #pragma unroll
-    for (int k = 0; k < n; ++k)
-      value[k] = element(widen(x.at[k]), widen(t.at[k]), plain ? T{1} : weight.at(k), plain ? T{1} : pos_weight.at(k),
-                         plain || !a.upstream.data ? T{1} : widen(upstream.at[k]), &grad[k]);
-    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
-    if (!plain && a.value.data) store_pack(static_cast<S*>(a.value.data) + at, narrow_pack<S>(value));
+    for (int k = 0; k < n; ++k) value[k] = element(x.at[k], t.at[k], &grad[k]);
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
     sum.add(pairwise_sum<n>(value));
   };
-
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
   const int64_t packs = packed ? count / n : 0;
-  int64_t i = first;
-  if constexpr (plain) {
-    for (; i + step < packs; i += 2 * step) {
-      const Pack<S> x[2] = {input_at(i), input_at(i + step)}, t[2] = {target_at(i), target_at(i + step)};
-      pack(i, x[0], t[0]);
-      pack(i + step, x[1], t[1]);
-    }
+  int64_t p = first;
+  for (; p + step < packs; p += 2 * step) {
+    const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
+    pack(p, x[0], t[0]);
+    pack(p + step, x[1], t[1]);
   }
-  for (; i < packs; i += step) pack(i, input_at(i), target_at(i));
+  if (p < packs) pack(p, input_at(p), target_at(p));
   // The elements after the last whole pack, or all of them.
-  for (i = packs * n + first; i < count; i += step) single(i);
+  for (int64_t i = packs * n + first; i < count; i += step) {
+    T grad;
+    sum.add(element(static_cast<const S*>(a.input.data)[offset_of(a, a.input, i)],
+                    static_cast<const S*>(a.target.data)[offset_of(a, a.target, i)], &grad));
+    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
+  }
   if (partial) {
     const double total = block_sum(sum.total, reinterpret_cast<double*>(shared_memory()));
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
   }
+}
+
+__global__ void __launch_bounds__(kThreads) encode_kernel(const LabelArgs a, int64_t anchors, double* counts) {
+  double count = 0;
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < anchors; i += step) {
+    const int64_t y = a.label[i];
+    if (y == a.ignore_index) {
+      a.code[i] = kIgnored;
+      continue;
+    }
+    count += 1;
+    if (y == a.background || y == a.classes) {
+      a.code[i] = kBackground;
+    } else {
+      require_target(y, a.classes);
+      a.code[i] = static_cast<int32_t>(y);
+    }
+  }
+  const double total = block_sum(count, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
 
 template <class S>
@@ -139,45 +295,50 @@ bool can_pack(const Operand& operand) {
 }
 
 template <class Loss, class S>
-cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const void* scalar_upstream, double* partial,
-                        cudaStream_t stream) {
-  const bool packed = can_pack<S>(a.input) && can_pack<S>(a.target) && can_pack<S>(a.grad) && can_pack<S>(a.value) &&
-                      can_pack<S>(a.upstream);
-  const bool plain = !a.weight.data && !a.pos_weight.data && !a.upstream.data && !a.value.data;
-  const auto kernel = plain ? elementwise_kernel<Loss, S, true> : elementwise_kernel<Loss, S, false>;
-  return launch(kernel, static_cast<unsigned>(elementwise_blocks(count)), kThreads, 1,
-                kThreads / kWarp * sizeof(double), stream, a, count, packed, static_cast<const S*>(scalar_upstream),
-                partial);
+cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
+  bool packed = true;
+  for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability})
+    packed &= can_pack<S>(*o);
+  const auto blocks = static_cast<unsigned>(elementwise_blocks(count));
+  constexpr size_t shared = kThreads / kWarp * sizeof(double);
+  bool plain = !a.index.code && !b.avg_factor;
+  for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})
+    plain &= !o->data;
+  if (plain)
+    return launch(elementwise_plain_kernel<Loss, S>, blocks, kThreads, 1, shared, stream, a, count, packed,
+                  static_cast<const S*>(b.scalar_upstream), b.partial);
+  return launch(elementwise_kernel<Loss, S>, blocks, kThreads, 1, shared, stream, a, count, packed, b);
 }
 
 // Loss64 is the formula for double.
 template <class Loss, class Loss64 = Loss>
-cudaError_t for_dtype(const ElementwiseArgs& a, int64_t count, const void* scalar_upstream, double* partial,
-                      cudaStream_t stream) {
+cudaError_t for_dtype(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
   switch (a.input.dtype) {
-    case DType::f64: return launch_loss<Loss64, double>(a, count, scalar_upstream, partial, stream);
-    case DType::bf16: return launch_loss<Loss, bf16>(a, count, scalar_upstream, partial, stream);
-    case DType::f16: return launch_loss<Loss, f16>(a, count, scalar_upstream, partial, stream);
+    case DType::f64: return launch_loss<Loss64, double>(a, count, b, stream);
+    case DType::bf16: return launch_loss<Loss, bf16>(a, count, b, stream);
+    case DType::f16: return launch_loss<Loss, f16>(a, count, b, stream);
     case DType::f32: break;
   }
-  return launch_loss<Loss, float>(a, count, scalar_upstream, partial, stream);
+  return launch_loss<Loss, float>(a, count, b, stream);
 }
 
 constexpr int kFinishThreads = 512;
 
 template <class S>
 __global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const double* partial, int64_t blocks, double factor, S* loss) {
+    finish_kernel(const ElementwiseBuffers b, int64_t blocks, double factor, S* loss) {
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const double denominator = denominator_of(b, scratch);
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += kFinishThreads) sum += partial[i];
-  sum = block_sum(sum, reinterpret_cast<double*>(shared_memory()));
-  if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum * factor));
+  for (int64_t i = threadIdx.x; i < blocks; i += kFinishThreads) sum += b.partial[i];
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum * factor / denominator));
 }
 
 template <class S>
-cudaError_t launch_finish(const double* partial, int64_t blocks, double factor, void* loss, cudaStream_t stream) {
-  return launch(finish_kernel<S>, 1, kFinishThreads, 1, kFinishThreads / kWarp * sizeof(double), stream, partial,
-                blocks, factor, static_cast<S*>(loss));
+cudaError_t launch_finish(const ElementwiseBuffers& b, int64_t blocks, double factor, void* loss, cudaStream_t stream) {
+  return launch(finish_kernel<S>, 1, kFinishThreads, 1, kFinishThreads / kWarp * sizeof(double), stream, b, blocks,
+                factor, static_cast<S*>(loss));
 }
 
 }  // namespace
@@ -186,19 +347,42 @@ int64_t elementwise_blocks(int64_t count) {
   constexpr int64_t elements = kThreads * kElementsAThread;
   return std::clamp((count + elements - 1) / elements, int64_t{1}, kMaxBlocks);
 }
+int64_t encode_blocks(int64_t anchors) {
+  constexpr int64_t most = 256;  // every block of the loss adds the counts up
+  return std::clamp((anchors + kThreads - 1) / kThreads, int64_t{1}, most);
+}
 
-cudaError_t elementwise(const ElementwiseArgs& a, int64_t count, const void* scalar_upstream, double* partial,
-                        cudaStream_t stream) {
+cudaError_t encode_labels(const LabelArgs& labels, int64_t anchors, double* counts, cudaStream_t stream) {
+  return launch(encode_kernel, static_cast<unsigned>(encode_blocks(anchors)), kThreads, 1,
+                kThreads / kWarp * sizeof(double), stream, labels, anchors, counts);
+}
+
+cudaError_t elementwise(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
   const auto with = [&](auto loss, auto loss64) {
-    return for_dtype<decltype(loss), decltype(loss64)>(a, count, scalar_upstream, partial, stream);
+    return for_dtype<decltype(loss), decltype(loss64)>(a, count, b, stream);
   };
-  using AnyFocal = SigmoidFocal<Focusing::above_one>;  // also where a loop of its own is not worth its code
+  const Focusing focusing = focusing_of(a.gamma);
   switch (a.loss) {
     case Elementwise::bce_with_logits: return with(BceWithLogits{}, BceWithLogits{});
     case Elementwise::bce: return with(Bce{}, Bce{});
+    case Elementwise::quality_focal:
+      switch (focusing) {
+        case Focusing::zero: return with(BceWithLogits{}, BceWithLogits{});
+        case Focusing::below_one: return with(QualityFocal<Focusing::below_one>{}, QualityFocal<Focusing::below_one>{});
+        case Focusing::two: return with(QualityFocal<Focusing::two>{}, QualityFocal<Focusing::above_one>{});
+        default: return with(QualityFocal<Focusing::above_one>{}, QualityFocal<Focusing::above_one>{});
+      }
+    case Elementwise::varifocal:
+      switch (focusing) {
+        case Focusing::zero: return with(Varifocal<Focusing::zero>{}, Varifocal<Focusing::zero>{});
+        case Focusing::below_one: return with(Varifocal<Focusing::below_one>{}, Varifocal<Focusing::below_one>{});
+        case Focusing::two: return with(Varifocal<Focusing::two>{}, Varifocal<Focusing::above_one>{});
+        default: return with(Varifocal<Focusing::above_one>{}, Varifocal<Focusing::above_one>{});
+      }
     case Elementwise::sigmoid_focal: break;
   }
-  switch (focusing_of(a.gamma)) {
+  using AnyFocal = SigmoidFocal<Focusing::above_one>;  // also where a loop of its own is not worth its code
+  switch (focusing) {
     case Focusing::zero: return with(SigmoidFocal<Focusing::zero>{}, SigmoidFocal<Focusing::zero>{});
     case Focusing::below_one: return with(SigmoidFocal<Focusing::below_one>{}, SigmoidFocal<Focusing::below_one>{});
     case Focusing::three_halves: return with(SigmoidFocal<Focusing::three_halves>{}, AnyFocal{});
@@ -209,14 +393,15 @@ cudaError_t elementwise(const ElementwiseArgs& a, int64_t count, const void* sca
   return with(AnyFocal{}, AnyFocal{});
 }
 
-cudaError_t finish(const double* partial, int64_t blocks, double factor, void* loss, DType dtype, cudaStream_t stream) {
+cudaError_t finish(const ElementwiseBuffers& b, int64_t blocks, double factor, void* loss, DType dtype,
+                   cudaStream_t stream) {
   switch (dtype) {
-    case DType::f64: return launch_finish<double>(partial, blocks, factor, loss, stream);
-    case DType::bf16: return launch_finish<bf16>(partial, blocks, factor, loss, stream);
-    case DType::f16: return launch_finish<f16>(partial, blocks, factor, loss, stream);
+    case DType::f64: return launch_finish<double>(b, blocks, factor, loss, stream);
+    case DType::bf16: return launch_finish<bf16>(b, blocks, factor, loss, stream);
+    case DType::f16: return launch_finish<f16>(b, blocks, factor, loss, stream);
     case DType::f32: break;
   }
-  return launch_finish<float>(partial, blocks, factor, loss, stream);
+  return launch_finish<float>(b, blocks, factor, loss, stream);
 }
 
 }  // namespace fused_losses::cuda

@@ -8,13 +8,28 @@ namespace fused_losses::cuda {
 
 // Blocks the launch will have: so many doubles are its partial sums.
 int64_t elementwise_blocks(int64_t count);
+// Blocks of encode_labels: so many doubles are its counts.
+int64_t encode_blocks(int64_t anchors);
 
-// args by value, its pointers on the device. scalar_upstream: one element of the input's dtype, or nullptr.
-// partial [elementwise_blocks(count)]: the blocks' sums of the values, where args.want_sum.
-cudaError_t elementwise(const ElementwiseArgs& args, int64_t count, const void* scalar_upstream, double* partial,
+// On the device; nullptr: absent.
+struct ElementwiseBuffers {
+  const void* scalar_upstream;  // one element of the input's dtype
+  double* partial;              // [elementwise_blocks(count)] the blocks' sums of the values
+  const double* avg_factor;     // one element: the mean divides by it, at least by 1, ...
+  double* counts;               // [count_blocks] ... or by the anchors not ignored,
+  int64_t count_blocks;
+  double classes;               // times the classes; without either by nothing here
+};
+
+// code [anchors] from label [anchors], and how many are not ignored, by blocks, in counts.
+cudaError_t encode_labels(const LabelArgs& labels, int64_t anchors, double* counts, cudaStream_t stream);
+
+// args by value, its pointers on the device.
+cudaError_t elementwise(const ElementwiseArgs& args, int64_t count, const ElementwiseBuffers& buffers,
                         cudaStream_t stream);
 
-// loss [1] of `dtype` = (sum of partial [blocks]) * factor, added in their order.
-cudaError_t finish(const double* partial, int64_t blocks, double factor, void* loss, DType dtype, cudaStream_t stream);
+// loss [1] of `dtype` = (sum of partial [blocks], in their order) * factor, divided as the gradient is.
+cudaError_t finish(const ElementwiseBuffers& buffers, int64_t blocks, double factor, void* loss, DType dtype,
+                   cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

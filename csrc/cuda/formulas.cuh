@@ -43,6 +43,11 @@ FL_FN float log1p_unit(float x) {
   return fma(x * x, p, x);
 }
 FL_FN double log1p_unit(double x) { return ::log1p(x); }
+template <class T>
+FL_FN T odds(T e) {  // e / (1 + e), and what 1 + e has lost
+  const T d = 1 + e, quotient = e / d;
+  return quotient - quotient * ((e - (d - 1)) / d);
+}
 FL_FN float power(float x, double y) { return ::powf(x, static_cast<float>(y)); }
 FL_FN double power(double x, double y) { return ::pow(x, y); }
 FL_FN float square_root(float x) { return ::sqrtf(x); }
@@ -84,6 +89,7 @@ FL_FN Quick log1p_unit(Quick a) {  // log(1 + a) / a as a polynomial, to 1.5e-6 
   p = fma(p, a.x, 0.999998574f);
   return p * a.x;
 }
+FL_FN Quick odds(Quick e) { return e / (1 + e); }
 FL_FN Quick power(Quick a, double y) { return approximate_exp2(static_cast<float>(y) * approximate_log2(a.x)); }
 FL_FN Quick square_root(Quick a) { return approximate_square_root(a.x); }
 FL_FN Quick magnitude(Quick a) { return ::fabsf(a.x); }
@@ -104,9 +110,13 @@ FL_FN T exp_term(T x) {
 
 #include "math/sigmoid.h"
 
-#include "math/bce.h"
-#include "math/cross_entropy.h"
 #include "math/focal.h"
 #include "math/pairwise.h"
+
+#include "math/bce.h"
+#include "math/cross_entropy.h"
+#include "math/distribution_focal.h"
+#include "math/quality_focal.h"
+#include "math/varifocal.h"
 
 }  // namespace fused_losses::cuda

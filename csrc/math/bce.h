@@ -5,9 +5,11 @@
 // torch writes the value as (1 - t) x + (1 + (pw - 1) t) softplus(-x), whose two terms cancel where x is far
 // below zero and t = 0, which is where a detector's background lives. See sigmoid.h for a form that does not.
 struct BceWithLogits {
+  static constexpr bool on_logits = true;
+  using Negative = FocalNegative<Focusing::zero>;
   template <class V, class Params>
-  static FL_INLINE ValueGrad<V> apply(V x, V t, V pos_weight, const Params&) {
-    return sigmoid_cross_entropy(x, t, pos_weight, sigmoid(x));
+  static FL_INLINE ValueGrad<V> apply(V x, Sigmoid<V> sigma, V t, ElementWeights<V> weights, const Params&) {
+    return sigmoid_cross_entropy(x, t, weights.pos_weight, sigma);
   }
 };
 
@@ -17,8 +19,9 @@ struct BceWithLogits {
 // probability outside [0, 1] makes the value NaN by its logarithm, and a target outside does by intent: the host looks
 // for them only where it meets one.
 struct Bce {
+  static constexpr bool on_logits = false;  // and not on a Sigmoid
   template <class V, class Params>
-  static FL_INLINE ValueGrad<V> apply(V p, V t, V, const Params&) {
+  static FL_INLINE ValueGrad<V> apply(V p, Sigmoid<V>, V t, ElementWeights<V>, const Params&) {
     const V floor = broadcast<V>(-100);
     const V value = (t - 1) * at_least(log1p(-p), floor) - t * at_least(log(p), floor);
     const V checked = select<V>((t >= 0) & (t <= 1), value, broadcast<V>(__builtin_nan("")));

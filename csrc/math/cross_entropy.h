@@ -30,6 +30,12 @@ FL_FN RowLoss<V> cross_entropy_row(RowSums<V> row, V weight) {
   return {weight * (log_sum(row) + row.target_distance), weight, -weight * row.rest * inverse};
 }
 
+// q^gamma, for the customary exponents without a logarithm.
+template <class V>
+FL_FN V focusing_factor(V q, double gamma) {
+  return gamma == 2 ? q * q : gamma == 1 ? q : power(q, gamma);
+}
+
 // Softmax focal loss (arXiv:1708.02002 on a softmax):  value = -a_y q^g log p_y,  q = 1 - p_y,
 //   grad = c (p_j - 1_y),  c = a_y q^g (1 - g p_y log p_y / q).
 // q = 0 happens where p_y rounds to 1: the value and c are 0 then for every g > 0.
@@ -39,7 +45,7 @@ FL_FN RowLoss<V> softmax_focal_row(RowSums<V> row, V alpha, double gamma) {
   // q is raised to a power, which multiplies its error: take it from the smaller of the two terms.
   const V p = row.target_term / sum, q = select<V>(row.target_term < row.rest, 1 - p, row.rest / sum);
   const V nll = log_sum(row) + row.target_distance;
-  const V focus = alpha * power(q, gamma);
+  const V focus = alpha * focusing_factor(q, gamma);
   // nll / q -> 1 as q -> 0
   const V ratio = select<V>(q > 0, nll / q, broadcast<V>(1));
   const V c = focus * (1 + broadcast<V>(gamma) * p * ratio);

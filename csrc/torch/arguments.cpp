@@ -21,39 +21,75 @@ Operand operand(const Tensor& tensor, const Tensor& input, const char* name) {
   return result;
 }
 
-// Orders the dimensions by the input's strides and merges those that every operand walks through evenly.
+// Labels, and scores, in the order of the anchors: input's shape without its classes.
+void index_target(ElementwiseCall& call, const Tensor& input, const Tensor& labels, const ElementwiseOptions& options) {
+  const int64_t dim = options.class_dim, dims = input.dim();
+  STD_TORCH_CHECK(dim >= 0 && dim < dims, "class_dim is ", dim, "; input has ", dims, " dimensions");
+  STD_TORCH_CHECK(labels.dim() == dims - 1, "labels has ", labels.dim(), " dimensions, input ", dims);
+  IndexTarget& index = call.args.index;
+  int64_t stride = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    if (d == dim) continue;
+    const int64_t size = labels.size(d < dim ? d : d - 1);
+    STD_TORCH_CHECK(size == input.size(d), "labels has size ", size, " where input has ", input.size(d));
+    index.stride[d] = stride;
+    stride *= size;
+  }
+  index.class_dim = static_cast<int>(dim);
+  index.positive = options.positive;
+  index.negative = options.negative;
+  call.anchors = labels.numel();
+  call.label = torch::stable::contiguous(labels);
+  call.code = empty_codes(call.anchors, input);
+  index.code = static_cast<int32_t*>(call.code->data_ptr());
+  call.labels = {static_cast<const int64_t*>(call.label->data_ptr()), static_cast<int32_t*>(call.code->data_ptr()),
+                 input.size(dim), options.background, options.ignore_index};
+  if (!options.scores) return;
+  const DType compute = call.args.input.dtype == DType::f64 ? DType::f64 : DType::f32;
+  STD_TORCH_CHECK(dtype_of(*options.scores, "scores") == compute && options.scores->is_contiguous() &&
+                      options.scores->numel() == call.anchors,
+                  "scores must be contiguous, one for each of ", call.anchors, " anchors, in the compute dtype");
+  index.score = options.scores->data_ptr();
+}
+
+// Orders the dimensions by the input's strides and merges those that every operand walks through evenly. The classes of
+// an index target stay a dimension of their own.
 void collapse(ElementwiseArgs& args, const Tensor& input) {
-  Operand* operands[] = {&args.input,    &args.target, &args.weight, &args.pos_weight,
-                         &args.upstream, &args.value,  &args.grad};
+  Operand* const operands[] = {&args.input,    &args.target, &args.weight, &args.pos_weight, &args.alpha,
+                               &args.upstream, &args.value,  &args.grad,   &args.probability};
+  std::vector<int64_t*> strides{args.index.stride};
+  for (Operand* o : operands) strides.push_back(o->stride);
+  const int class_dim = args.index.code ? args.index.class_dim : -1;
   std::vector<int> order;
   for (int d = 0; d < input.dim(); ++d)
-    if (input.size(d) != 1) order.push_back(d);
+    if (input.size(d) != 1 || d == class_dim) order.push_back(d);
   std::stable_sort(order.begin(), order.end(),
                    [&](int a, int b) { return args.input.stride[a] > args.input.stride[b]; });
 
-  const ElementwiseArgs before = args;
-  const Operand* from[] = {&before.input,    &before.target, &before.weight, &before.pos_weight,
-                           &before.upstream, &before.value,  &before.grad};
-  constexpr int count = 7;
+  std::vector<std::vector<int64_t>> before;
+  for (const int64_t* stride : strides) before.emplace_back(stride, stride + input.dim());
   args.ndim = 0;
+  bool apart = false;  // the dimension before this one holds the classes
   for (int d : order) {
     const int64_t size = input.size(d);
-    bool merges = args.ndim > 0;
-    for (int k = 0; k < count && merges; ++k) merges = operands[k]->stride[args.ndim - 1] == size * from[k]->stride[d];
+    bool merges = args.ndim > 0 && d != class_dim && !apart;
+    for (size_t k = 0; k < strides.size() && merges; ++k) merges = strides[k][args.ndim - 1] == size * before[k][d];
     if (!merges) args.size[args.ndim++] = 1;
     args.size[args.ndim - 1] *= size;
-    for (int k = 0; k < count; ++k) operands[k]->stride[args.ndim - 1] = from[k]->stride[d];
+    for (size_t k = 0; k < strides.size(); ++k) strides[k][args.ndim - 1] = before[k][d];
+    apart = d == class_dim;
+    if (apart) args.index.class_dim = args.ndim - 1;
   }
   if (args.ndim == 0) {
     args.ndim = 1;
     args.size[0] = 1;
-    for (Operand* o : operands) o->stride[0] = 1;
+    for (int64_t* stride : strides) stride[0] = 1;
   }
   for (Operand* o : operands) {
     o->linear = true;
     int64_t expected = 1;
     for (int d = args.ndim - 1; d >= 0; --d) {
-      o->linear &= o->stride[d] == expected;
+      o->linear &= o->stride[d] == expected || args.size[d] == 1;
       expected *= args.size[d];
     }
   }
@@ -89,33 +125,48 @@ void collapse(SoftmaxArgs& args, const Tensor& logits, const Tensor* grad, const
 ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Tensor& target,
                                  const ElementwiseOptions& options, const Tensor* upstream, Tensor* grad) {
   STD_TORCH_CHECK(input.dim() <= kMaxDims, "input has ", input.dim(), " dimensions; at most ", kMaxDims);
-  const int64_t count = input.numel();
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
 
-  ElementwiseArgs args{};
+  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
+  ElementwiseCall call{};
+  ElementwiseArgs& args = call.args;
   args.loss = loss;
   args.alpha_positive = options.alpha_positive;
   args.alpha_negative = options.alpha_negative;
   args.gamma = options.gamma;
+  args.detach_weight = options.detach_weight;
   args.want_sum = forward;
-  args.grad_scale = options.reduction == Reduction::mean ? 1.0 / count : 1.0;
+  args.grad_scale = 1;
   args.input = operand(input, input, "input");
-  args.target = operand(target, input, "target");
-  STD_TORCH_CHECK(target.dim() == input.dim(), "target has ", target.dim(), " dimensions, input ", input.dim());
-  for (int64_t d = 0; d < input.dim(); ++d)
-    STD_TORCH_CHECK(target.size(d) == input.size(d), "target has size ", target.size(d), " in dimension ", d,
-                    ", input ", input.size(d));
+  if (options.head && target.scalar_type() == torch::headeronly::ScalarType::Long) {
+    index_target(call, input, target, options);
+  } else {
+    args.target = operand(target, input, "target");
+    STD_TORCH_CHECK(target.dim() == input.dim(), "target has ", target.dim(), " dimensions, input ", input.dim());
+    for (int64_t d = 0; d < input.dim(); ++d)
+      STD_TORCH_CHECK(target.size(d) == input.size(d), "target has size ", target.size(d), " in dimension ", d,
+                      ", input ", input.size(d));
+  }
   if (options.weight) args.weight = operand(*options.weight, input, "weight");
   if (options.pos_weight) args.pos_weight = operand(*options.pos_weight, input, "pos_weight");
+  if (options.alpha) args.alpha = operand(*options.alpha, input, "alpha");
+  if (options.probability) args.probability = operand(*options.probability, input, "probability");
   if (upstream && none) args.upstream = operand(*upstream, input, "upstream");
-  OptionalTensor value;
   if (forward && none) {
-    value = empty_in_order(input);
-    args.value = operand(*value, input, "value");
+    call.value = empty_in_order(input);
+    args.value = operand(*call.value, input, "value");
   }
   if (grad) args.grad = operand(*grad, input, "gradient");
-  if (count > 0) collapse(args, input);
-  return {args, value};
+  const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
+  const auto fits = [&](const Operand* o) {
+    return !o->data || o->dtype == own || (options.wide && o->dtype != DType::f64);
+  };
+  for (const Operand* o : {&args.target, &args.upstream, &args.probability})
+    STD_TORCH_CHECK(fits(o), "all tensors must have the input's dtype");
+  for (const Operand* o : {&args.weight, &args.pos_weight, &args.alpha})
+    STD_TORCH_CHECK(fits(o) || o->dtype == compute, "weights must have the input's dtype, or that of its arithmetic");
+  if (input.numel() > 0) collapse(args, input);
+  return call;
 }
 
 SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const SoftmaxOptions& options,
@@ -127,6 +178,7 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   const int64_t dim = class_dim(logits), classes = logits.size(dim);
   STD_TORCH_CHECK(classes > 0, "input has no classes: dimension ", dim, " has size 0");
 
+  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   SoftmaxArgs args{};
   args.dtype = dtype_of(logits, "input");
   args.classes = classes;
@@ -187,6 +239,53 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   }
   collapse(args, logits, grad, index ? nullptr : &target);
   return {args, target, upstream_rows, value};
+}
+
+DistributionCall distribution_call(const Tensor& logits, const Tensor& target, const DistributionOptions& options,
+                                   const Tensor* upstream, Tensor* grad) {
+  STD_TORCH_CHECK(logits.dim() >= 1 && logits.dim() <= kMaxDims, "input has ", logits.dim(),
+                  " dimensions; expected 1 to ", kMaxDims);
+  const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
+  const int64_t dim = class_dim(logits), classes = logits.size(dim);
+  STD_TORCH_CHECK(classes > 0, "input has no bins: dimension ", dim, " has size 0");
+  const DType dtype = dtype_of(logits, "input"), compute = dtype == DType::f64 ? DType::f64 : DType::f32;
+
+  DistributionCall call{{}, torch::stable::contiguous(target), {}, {}, {}};
+  SoftmaxArgs& rows = call.args.rows;
+  rows.dtype = dtype;
+  rows.classes = classes;
+  rows.positions = logits.numel() / classes;
+  rows.logits = logits.data_ptr();
+  rows.logits_class_stride = classes == 1 ? 1 : logits.stride(dim);
+  rows.grad_scale = 1;
+  const auto each = [&](const Tensor& tensor, DType wanted, const char* name) {
+    STD_TORCH_CHECK(tensor.numel() == rows.positions && dtype_of(tensor, name) == wanted, name,
+                    " must have an element for each of ", rows.positions, " positions, of the right dtype");
+    return torch::stable::contiguous(tensor);
+  };
+  call.target = each(target, compute, "target");
+  call.args.target = call.target.data_ptr();
+  if (options.weight) {
+    call.weight = each(*options.weight, compute, "weight");
+    call.args.weight = call.weight->data_ptr();
+  }
+  if (upstream && none) {
+    call.upstream = each(*upstream, dtype, "upstream");
+    rows.upstream = call.upstream->data_ptr();
+  }
+  if (forward && none) {
+    std::vector<int64_t> sizes;
+    for (int64_t d = 0; d < logits.dim(); ++d)
+      if (d != dim) sizes.push_back(logits.size(d));
+    call.value = empty_contiguous(sizes, logits);
+    rows.value = call.value->data_ptr();
+  }
+  if (grad) {
+    rows.grad = grad->data_ptr();
+    rows.grad_class_stride = classes == 1 ? 1 : grad->stride(dim);
+  }
+  collapse(rows, logits, grad, nullptr);
+  return call;
 }
 
 }  // namespace fused_losses

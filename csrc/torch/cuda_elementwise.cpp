@@ -1,5 +1,8 @@
-// The element-wise losses as ops on CUDA tensors: two launches forward, one backward.
+// The element-wise losses as ops on CUDA tensors: two launches forward, one backward; one more for an index target.
 #include "cuda/elementwise.h"
+
+#include <utility>
+
 #include "torch/cuda_device.h"
 #include "torch/elementwise_ops.h"
 
@@ -8,30 +11,53 @@ namespace {
 
 Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const ElementwiseOptions& options,
            const Tensor* upstream, Tensor* grad) {
+  STD_TORCH_CHECK(!options.wide, "wide is for the CPU");
   same_device(target, input, "target");
-  if (options.weight) same_device(*options.weight, input, "weight");
-  if (options.pos_weight) same_device(*options.pos_weight, input, "pos_weight");
+  const std::pair<const OptionalTensor&, const char*> others[] = {
+      {options.weight, "weight"}, {options.pos_weight, "pos_weight"}, {options.alpha, "alpha"},
+      {options.scores, "scores"}, {options.avg_factor, "avg_factor"}, {options.probability, "probability"}};
+  for (const auto& [tensor, name] : others)
+    if (tensor) same_device(*tensor, input, name);
   if (upstream) same_device(*upstream, input, "upstream");
   const OnDevice device(input);
   ElementwiseCall call = elementwise_call(loss, input, target, options, upstream, grad);
   ElementwiseArgs& args = call.args;
-  for (const Operand* operand : {&args.target, &args.weight, &args.pos_weight, &args.upstream})
-    STD_TORCH_CHECK(!operand->data || operand->dtype == args.input.dtype, "all tensors must have the input's dtype");
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
-  const bool reduced = forward && !none;
+  const bool mean = options.reduction == Reduction::mean, reduced = forward && !none;
   const int64_t count = input.numel(), blocks = cuda::elementwise_blocks(count);
-  OptionalTensor partial, value = call.value;
+  const bool indexed = args.index.code, by_avg_factor = mean && options.avg_factor && options.divisor == 0;
+  const bool by_count = mean && indexed && !by_avg_factor && options.divisor == 0;
+  cuda::ElementwiseBuffers buffers{};
+  OptionalTensor doubles, value = call.value;
+  const int64_t counts = indexed ? cuda::encode_blocks(call.anchors) : 0;
+  if (reduced || indexed) doubles = empty_doubles(blocks + counts, input);
+  auto* room = doubles ? static_cast<double*>(doubles->data_ptr()) : nullptr;
   if (reduced) {
-    partial = empty_doubles(blocks, input);
+    buffers.partial = room;
     value = empty({}, {}, input);
   }
-  double* sums = reduced ? static_cast<double*>(partial->data_ptr()) : nullptr;
-  const void* scalar_upstream = upstream && !none ? upstream->data_ptr() : nullptr;
-  if (count > 0) check(cuda::elementwise(args, count, scalar_upstream, sums, device.stream()), "element-wise loss");
+  if (upstream && !none) buffers.scalar_upstream = upstream->data_ptr();
+  if (by_avg_factor) {
+    STD_TORCH_CHECK(dtype_of(*options.avg_factor, "avg_factor") == DType::f64 && options.avg_factor->numel() == 1,
+                    "avg_factor must be one double");
+    buffers.avg_factor = static_cast<const double*>(options.avg_factor->data_ptr());
+  }
+  if (indexed) {
+    if (by_count) {
+      buffers.counts = room + blocks;
+      buffers.count_blocks = counts;
+      buffers.classes = static_cast<double>(call.labels.classes);
+    }
+    check(cuda::encode_labels(call.labels, call.anchors, room + blocks, device.stream()), "element-wise loss");
+  }
+  double factor = 1;
+  if (mean && options.divisor != 0) factor = 1 / options.divisor;
+  if (mean && options.divisor == 0 && !by_avg_factor && !by_count) factor = 1.0 / static_cast<double>(count);
+  args.grad_scale = factor;
+  if (count > 0) check(cuda::elementwise(args, count, buffers, device.stream()), "element-wise loss");
   if (reduced) {
-    const double factor = options.reduction == Reduction::mean ? 1.0 / static_cast<double>(count) : 1.0;
-    // The mean of nothing is 0 times infinity: nan, as in torch.
-    check(cuda::finish(sums, count > 0 ? blocks : 0, factor, value->data_ptr(), args.input.dtype, device.stream()),
+    // The mean of nothing is 0 times infinity, or 0 by 0: nan, as in torch.
+    check(cuda::finish(buffers, count > 0 ? blocks : 0, factor, value->data_ptr(), args.input.dtype, device.stream()),
           "element-wise loss");
   }
   return forward ? *value : *upstream;
@@ -41,9 +67,15 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
 
 // clang-format off
 #ifdef FUSED_LOSSES_SIMT
-STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses_simt, m) { FUSED_LOSSES_ELEMENTWISE(FUSED_LOSSES_DEFINE_ELEMENTWISE) }
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_losses_simt, m) {
+  FUSED_LOSSES_ELEMENTWISE(FUSED_LOSSES_DEFINE_ELEMENTWISE)
+  FUSED_LOSSES_ANCHORS(FUSED_LOSSES_DEFINE_ANCHORS)
+}
 #endif
-FUSED_LOSSES_CUDA_IMPL(m) { FUSED_LOSSES_ELEMENTWISE(FUSED_LOSSES_IMPLEMENT_ELEMENTWISE) }
+FUSED_LOSSES_CUDA_IMPL(m) {
+  FUSED_LOSSES_ELEMENTWISE(FUSED_LOSSES_IMPLEMENT_ELEMENTWISE)
+  FUSED_LOSSES_ANCHORS(FUSED_LOSSES_IMPLEMENT_ANCHORS)
+}
 // clang-format on
 
 }  // namespace fused_losses

@@ -9,6 +9,7 @@ namespace {
 
 Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& options, const Tensor* upstream,
            Tensor* grad) {
+  STD_TORCH_CHECK(!options.wide, "wide is for the CPU");
   same_device(target, logits, "target");
   if (options.weight) same_device(*options.weight, logits, "weight");
   if (upstream) same_device(*upstream, logits, "upstream");

@@ -1,11 +1,13 @@
-// The five ops of each element-wise loss, by way of run(), which the including file defines for its device. For each
-// loss of the table at the end:
+// The five ops of each element-wise loss, by way of run(), which the including file defines for its device:
 //   NAME            (input, target, ...) -> loss              no gradient wanted
 //   NAME_train      (input, target, ...) -> (loss, gradient)  both from one pass over the input
 //   NAME_train_     the same, the gradient overwrites the input
 //   NAME_backward   (upstream, input, target, ...) -> gradient
 //   NAME_backward_  the same, the gradient overwrites the input
-// Shapes: input, target and every gradient [*]; weight and pos_weight broadcast to [*].
+// Shapes: input, target and every gradient [*]; weights and alpha broadcast to [*].
+//
+// NAME_anchors, NAME_anchors_train, ... are the same of a detector's head: target is dense, [*], or int64 labels, [*]
+// without dimension class_dim, with scores of their shape; avg_factor is one double; probability [*] is written to.
 #pragma once
 #include <tuple>
 
@@ -19,60 +21,91 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
            const Tensor* upstream, Tensor* grad);
 
 ElementwiseOptions options(const OptionalTensor& weight, const OptionalTensor& pos_weight, double alpha_positive,
-                           double alpha_negative, double gamma, int64_t reduction) {
-  return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction)};
+                           double alpha_negative, double gamma, int64_t reduction, bool wide) {
+  return {weight, pos_weight, alpha_positive, alpha_negative, gamma, static_cast<Reduction>(reduction), wide};
 }
 
-#define OPTION_PARAMETERS                                                                                       \
-  OptionalTensor weight, OptionalTensor pos_weight, double alpha_positive, double alpha_negative, double gamma, \
-      int64_t reduction
-#define OPTIONS options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction)
+ElementwiseOptions options(const OptionalTensor& scores, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                           const OptionalTensor& alpha, const OptionalTensor& avg_factor, double divisor,
+                           double positive, double negative, int64_t background, int64_t ignore_index,
+                           int64_t class_dim, double alpha_positive, double alpha_negative, double gamma,
+                           bool detach_weight, int64_t reduction, const OptionalTensor& probability) {
+  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, false);
+  all.head = true;
+  all.scores = scores;
+  all.alpha = alpha;
+  all.avg_factor = avg_factor;
+  all.divisor = divisor;
+  all.positive = positive;
+  all.negative = negative;
+  all.background = background;
+  all.ignore_index = ignore_index;
+  all.class_dim = class_dim;
+  all.detach_weight = detach_weight;
+  all.probability = probability;
+  return all;
+}
 
+// Options: the types of what follows the target in the schema.
+template <Elementwise loss, class... Options>
+struct FiveOps {
+  static Tensor forward(Tensor input, Tensor target, Options... rest) {
+    return run(loss, input, target, options(rest...), nullptr, nullptr);
+  }
+  static std::tuple<Tensor, Tensor> train(Tensor input, Tensor target, Options... rest) {
+    Tensor grad = empty_in_order(input);
+    Tensor value = run(loss, input, target, options(rest...), nullptr, &grad);
+    return {value, grad};
+  }
+  static Tensor train_(Tensor input, Tensor target, Options... rest) {
+    return run(loss, input, target, options(rest...), nullptr, &input);
+  }
+  static Tensor backward(Tensor upstream, Tensor input, Tensor target, Options... rest) {
+    Tensor grad = empty_in_order(input);
+    run(loss, input, target, options(rest...), &upstream, &grad);
+    return grad;
+  }
+  static void backward_(Tensor upstream, Tensor input, Tensor target, Options... rest) {
+    run(loss, input, target, options(rest...), &upstream, &input);
+  }
+};
 template <Elementwise loss>
-Tensor forward(Tensor input, Tensor target, OPTION_PARAMETERS) {
-  return run(loss, input, target, OPTIONS, nullptr, nullptr);
-}
+using Plain = FiveOps<loss, OptionalTensor, OptionalTensor, double, double, double, int64_t, bool>;
 template <Elementwise loss>
-std::tuple<Tensor, Tensor> train(Tensor input, Tensor target, OPTION_PARAMETERS) {
-  Tensor grad = empty_in_order(input);
-  Tensor value = run(loss, input, target, OPTIONS, nullptr, &grad);
-  return {value, grad};
-}
-template <Elementwise loss>
-Tensor train_(Tensor input, Tensor target, OPTION_PARAMETERS) {
-  return run(loss, input, target, OPTIONS, nullptr, &input);
-}
-template <Elementwise loss>
-Tensor backward(Tensor upstream, Tensor input, Tensor target, OPTION_PARAMETERS) {
-  Tensor grad = empty_in_order(input);
-  run(loss, input, target, OPTIONS, &upstream, &grad);
-  return grad;
-}
-template <Elementwise loss>
-void backward_(Tensor upstream, Tensor input, Tensor target, OPTION_PARAMETERS) {
-  run(loss, input, target, OPTIONS, &upstream, &input);
-}
+using Anchors =
+    FiveOps<loss, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double, double,
+            double, int64_t, int64_t, int64_t, double, double, double, bool, int64_t, OptionalTensor>;
 
 }  // namespace
 
 #define FUSED_LOSSES_ELEMENTWISE(X) X(bce_with_logits) X(bce) X(sigmoid_focal)
+#define FUSED_LOSSES_ANCHORS(X) X(bce_with_logits) X(sigmoid_focal) X(quality_focal) X(varifocal)
 
-#define OPTION_SCHEMA                                                                                            \
+#define PLAIN_SCHEMA                                                                                             \
   "Tensor target, Tensor? weight, Tensor? pos_weight, float alpha_positive, float alpha_negative, float gamma, " \
-  "int reduction)"
+  "int reduction, bool wide=False)"
+#define ANCHORS_SCHEMA                                                                                     \
+  "Tensor target, Tensor? scores, Tensor? weight, Tensor? pos_weight, Tensor? alpha, Tensor? avg_factor, " \
+  "float divisor, float positive, float negative, int background, int ignore_index, int class_dim, "       \
+  "float alpha_positive, float alpha_negative, float gamma, bool detach_weight, int reduction, "           \
+  "*, Tensor(b!)? probability=None)"
 
-#define FUSED_LOSSES_DEFINE_ELEMENTWISE(name)                                          \
-  m.def(#name "(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \
-  m.def(#name "_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");           \
-  m.def(#name "_train_(Tensor(a!) input, " OPTION_SCHEMA " -> Tensor");                \
-  m.def(#name "_backward(Tensor upstream, Tensor input, " OPTION_SCHEMA " -> Tensor"); \
-  m.def(#name "_backward_(Tensor upstream, Tensor(a!) input, " OPTION_SCHEMA " -> ()");
+#define DEFINE_FIVE(name, SCHEMA)                                              \
+  m.def(name "(Tensor input, " SCHEMA " -> Tensor");                           \
+  m.def(name "_train(Tensor input, " SCHEMA " -> (Tensor, Tensor)");           \
+  m.def(name "_train_(Tensor(a!) input, " SCHEMA " -> Tensor");                \
+  m.def(name "_backward(Tensor upstream, Tensor input, " SCHEMA " -> Tensor"); \
+  m.def(name "_backward_(Tensor upstream, Tensor(a!) input, " SCHEMA " -> ()");
+#define FUSED_LOSSES_DEFINE_ELEMENTWISE(name) DEFINE_FIVE(#name, PLAIN_SCHEMA)
+#define FUSED_LOSSES_DEFINE_ANCHORS(name) DEFINE_FIVE(#name "_anchors", ANCHORS_SCHEMA)
 
-#define FUSED_LOSSES_IMPLEMENT_ELEMENTWISE(name)                      \
-  m.impl(#name, TORCH_BOX(&forward<Elementwise::name>));              \
-  m.impl(#name "_train", TORCH_BOX(&train<Elementwise::name>));       \
-  m.impl(#name "_train_", TORCH_BOX(&train_<Elementwise::name>));     \
-  m.impl(#name "_backward", TORCH_BOX(&backward<Elementwise::name>)); \
-  m.impl(#name "_backward_", TORCH_BOX(&backward_<Elementwise::name>));
+#define IMPLEMENT_FIVE(name, OPS)                      \
+  m.impl(name, TORCH_BOX(&OPS::forward));              \
+  m.impl(name "_train", TORCH_BOX(&OPS::train));       \
+  m.impl(name "_train_", TORCH_BOX(&OPS::train_));     \
+  m.impl(name "_backward", TORCH_BOX(&OPS::backward)); \
+  m.impl(name "_backward_", TORCH_BOX(&OPS::backward_));
+#define FUSED_LOSSES_IMPLEMENT_ELEMENTWISE(name) IMPLEMENT_FIVE(#name, Plain<Elementwise::name>)
+#define FUSED_LOSSES_IMPLEMENT_ANCHORS(name) IMPLEMENT_FIVE(#name "_anchors", Anchors<Elementwise::name>)
 
 }  // namespace fused_losses

@@ -49,7 +49,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
       parallel_sum(args.positions, chunk, [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
   if (!forward) return *upstream;
   if (none) return *call.value;
-  return scalar(options.reduction == Reduction::mean ? sum / denominator : sum, logits);
+  return scalar(options.reduction == Reduction::mean ? sum / denominator : sum, logits, options.wide);
 }
 
 }  // namespace

@@ -15,19 +15,20 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
            Tensor* grad);
 
 struct CrossEntropy {
-  static SoftmaxOptions options(const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                double smoothing) {
-    return {weight, ignore_index, smoothing, 0, true, static_cast<Reduction>(reduction)};
+  static SoftmaxOptions options(const OptionalTensor& weight, int64_t reduction, int64_t ignore_index, double smoothing,
+                                bool wide) {
+    return {weight, ignore_index, smoothing, 0, true, static_cast<Reduction>(reduction), wide};
   }
 };
 struct SoftmaxFocal {
-  static SoftmaxOptions options(const OptionalTensor& alpha, int64_t reduction, int64_t ignore_index, double gamma) {
-    return {alpha, ignore_index, 0, gamma, false, static_cast<Reduction>(reduction)};
+  static SoftmaxOptions options(const OptionalTensor& alpha, int64_t reduction, int64_t ignore_index, double gamma,
+                                bool wide) {
+    return {alpha, ignore_index, 0, gamma, false, static_cast<Reduction>(reduction), wide};
   }
 };
 
-#define OPTION_PARAMETERS OptionalTensor weight, int64_t reduction, int64_t ignore_index, double parameter
-#define OPTIONS Loss::options(weight, reduction, ignore_index, parameter)
+#define OPTION_PARAMETERS OptionalTensor weight, int64_t reduction, int64_t ignore_index, double parameter, bool wide
+#define OPTIONS Loss::options(weight, reduction, ignore_index, parameter, wide)
 
 template <class Loss>
 Tensor forward(Tensor logits, Tensor target, OPTION_PARAMETERS) {
@@ -62,7 +63,7 @@ void backward_(Tensor upstream, Tensor logits, Tensor target, OPTION_PARAMETERS)
 
 #define DEFINE_ONE(name, arguments, weight, parameter, result)                                              \
   m.def(name "(" arguments ", Tensor target, " weight ", int reduction, int ignore_index, float " parameter \
-             ") -> " result);
+             ", bool wide=False) -> " result);
 #define FUSED_LOSSES_DEFINE_SOFTMAX(name, loss, weight, parameter)                            \
   DEFINE_ONE(#name, "Tensor input", weight, parameter, "Tensor")                              \
   DEFINE_ONE(#name "_train", "Tensor input", weight, parameter, "(Tensor, Tensor)")           \

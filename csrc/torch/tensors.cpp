@@ -4,7 +4,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <numeric>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -27,16 +26,15 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::f32;
 }
 
-constexpr int64_t kLarge = 1 << 19;  // elements: below it no dtype fills two huge pages
-
 // A large gradient is new memory on every step, and its page faults cost more than the arithmetic: huge pages are
 // one fault for 512.
-static void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+static void advise_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2u << 20;
-  if (bytes < 2 * page) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  const uintptr_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes < 2 * page || !tensor.is_cpu()) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
 }
@@ -48,9 +46,8 @@ static Tensor empty_as(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& 
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, device_type, device_index, &handle));
-  Tensor tensor(handle);
-  if (device_type == aoti_torch_device_type_cpu() && tensor.numel() >= kLarge)
-    advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  const Tensor tensor(handle);
+  advise_huge_pages(tensor);
   return tensor;
 }
 
@@ -63,6 +60,8 @@ Tensor empty(Sizes sizes, Sizes strides, const Tensor& like) {
 Tensor empty_doubles(int64_t count, const Tensor& like) {
   return empty_as({count}, {1}, aoti_torch_dtype_float64(), like);
 }
+
+Tensor empty_codes(int64_t count, const Tensor& like) { return empty_as({count}, {1}, aoti_torch_dtype_int32(), like); }
 
 static std::vector<int64_t> contiguous_strides(Sizes sizes) {
   std::vector<int64_t> strides(sizes.size());
@@ -83,28 +82,16 @@ Tensor empty_compute(Sizes sizes, const Tensor& like) {
 }
 
 Tensor empty_in_order(const Tensor& like) {
-  const auto size = like.sizes(), stride = like.strides();
-  if (like.is_contiguous()) return empty(size, stride, like);
-  const std::vector<int64_t> sizes(size.begin(), size.end());
-  std::vector<int> order(sizes.size());
-  std::iota(order.begin(), order.end(), 0);
-  // Fastest last; broadcast dimensions have stride 0 and no order of their own: they stay where they are.
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return stride[a] != 0 && stride[b] != 0 && sizes[a] > 1 && sizes[b] > 1 && stride[a] > stride[b];
-  });
-  std::vector<int64_t> strides(sizes.size());
-  int64_t next = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    strides[order[i]] = next;
-    next *= std::max<int64_t>(sizes[order[i]], 1);
-  }
-  return empty(sizes, strides, like);
+  if (like.is_contiguous()) return empty(like.sizes(), like.strides(), like);
+  const Tensor tensor = torch::stable::empty_like(like);
+  advise_huge_pages(tensor);
+  return tensor;
 }
 
-Tensor scalar(double value, const Tensor& like) {
-  const Tensor result = empty({}, {}, like);
+Tensor scalar(double value, const Tensor& like, bool wide) {
+  const Tensor result = wide ? empty_as({}, {}, aoti_torch_dtype_float32(), like) : empty({}, {}, like);
   void* data = result.data_ptr();
-  switch (dtype_of(like, "input")) {
+  switch (dtype_of(result, "input")) {
     case DType::f64: *static_cast<double*>(data) = value; break;
     case DType::f32: *static_cast<float*>(data) = static_cast<float>(value); break;
     case DType::bf16:

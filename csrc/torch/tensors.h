@@ -23,8 +23,9 @@ Tensor empty(Sizes sizes, Sizes strides, const Tensor& like);
 Tensor empty_contiguous(Sizes sizes, const Tensor& like);
 // Dense, with the dimensions in `like`'s order of memory: its own strides where it is dense itself.
 Tensor empty_in_order(const Tensor& like);
-Tensor scalar(double value, const Tensor& like);  // on the CPU
+Tensor scalar(double value, const Tensor& like, bool wide = false);  // on the CPU; wide: float32
 Tensor empty_doubles(int64_t count, const Tensor& like);  // on its device
+Tensor empty_codes(int64_t count, const Tensor& like);    // int32, on its device
 // On its device and contiguous: float64 for float64, float32 for any other.
 Tensor empty_compute(Sizes sizes, const Tensor& like);
 

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import _checks, reference
-from .._ops import load_op
 
-_cost: Callable[[Tensor, Tensor, Tensor | None], Tensor] = load_op("pairwise_bce_cost")
+_cost: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.ops.fused_losses.pairwise_bce_cost.default
+
+
+def _fake_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None) -> Tensor:
+    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    return logits.new_empty(gt_classes.shape[0], logits.shape[0], dtype=dtype)
+
+
+torch.library.register_fake("fused_losses::pairwise_bce_cost", _fake_cost)
 
 
 def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | None = None) -> Tensor:
@@ -40,8 +47,8 @@ def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | N
         few digits to rank anchors by.
 
     Logarithms are taken for at least -100, as in torch, so a cost is finite for infinite logits. torch takes them of
-    rounded probabilities: in float32 it says 100 for -log(1 - p) from a logit of 17 on, where p rounds to 1; this says
-    the logarithm itself, 17 (of the product, up to 88).
+    rounded probabilities: in float32 it says 100 for -log(1 - p) from a logit of 18 on, where p rounds to 1; this says
+    the logarithm itself, 18 (of the product, up to 88).
 
     Where a gradient is wanted (logits or objectness require one and gradients are enabled; assigners run without)
     the cost is computed in plain torch and is differentiable, with the same memory bound in A, C and G apart.
@@ -70,9 +77,11 @@ def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | N
         logits.requires_grad or (objectness is not None and objectness.requires_grad)
     )
     gt_classes = gt_classes.long()
-    if not wants_gradient and objectness is not None:
-        objectness = objectness.detach()
-    if wants_gradient or not _checks.reachable(logits, gt_classes, objectness):
+    if wants_gradient:
+        _checks.log_fall_back("a gradient of pairwise_bce_cost is wanted")
+        return reference.pairwise_bce_cost(logits, gt_classes, objectness)
+    objectness = None if objectness is None else objectness.detach()
+    if not _checks.reachable(logits, gt_classes, objectness):
         return reference.pairwise_bce_cost(logits, gt_classes, objectness)
     return _cost(logits, gt_classes, objectness)
 

@@ -20,6 +20,11 @@ _PLACES = [
     ("fused_losses.bce", "_OPS", "bce"),
     ("fused_losses.focal", "_SIGMOID", "sigmoid_focal"),
     ("fused_losses.focal", "_SOFTMAX", "softmax_focal"),
+    ("fused_losses.bce", "_ANCHORS", "bce_with_logits_anchors"),
+    ("fused_losses.focal", "_ANCHORS", "sigmoid_focal_anchors"),
+    ("fused_losses.detection.quality_focal", "_ANCHORS", "quality_focal_anchors"),
+    ("fused_losses.detection.varifocal", "_ANCHORS", "varifocal_anchors"),
+    ("fused_losses.detection.distribution_focal", "_OPS", "distribution_focal"),
 ]
 
 

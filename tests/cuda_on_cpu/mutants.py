@@ -116,14 +116,32 @@ MUTANTS = [
     (
         "a weight's run goes on past the end of its dimension",
         "cuda/elementwise.cu",
-        "whole = o.linear || i % a.size[last] + n <= a.size[last];",
-        "",
+        "else if (i % a.size[last] + n <= a.size[last])\n      step",
+        "else\n      step",
+    ),
+    (
+        "an index target's run goes on past the end of its dimension",
+        "cuda/elementwise.cu",
+        "one_run = a.index.code && i % a.size[last] + n <= a.size[last];",
+        "one_run = a.index.code;",
     ),
     (
         "the elements after the last pack are left out",
         "cuda/elementwise.cu",
-        "for (i = packs * n + first; i < count; i += step)",
-        "for (i = packs * n + first; i < packs * n; i += step)",
+        "i < count; i += step) {\n    T g;",
+        "i < packs * n; i += step) {\n    T g;",
+    ),
+    (
+        "the elements after the last pack are left out of the plain kernel",
+        "cuda/elementwise.cu",
+        "i < count; i += step) {\n    T grad;",
+        "i < packs * n; i += step) {\n    T grad;",
+    ),
+    (
+        "the last pack of a thread is left out of the plain kernel",
+        "cuda/elementwise.cu",
+        "  if (p < packs) pack(p, input_at(p), target_at(p));\n",
+        "",
     ),
     (
         "no barrier before an anchor's sums are read",

@@ -1,0 +1,158 @@
+// Distribution focal loss. Some neighbouring threads of a warp share a position's bins, about four each (16 bins: 4
+// threads), so contiguous rows are read whole cache lines at a time; any other strides work as well. Each logit comes
+// from memory once (the second and third read of a row are in L1), each gradient goes out once.
+//
+// A target out of range ends the kernel. Values are added up by each thread with compensation, by the block in double,
+// and by the finish in the blocks' order: the same bits on every run.
+#include "cuda/distribution_focal.h"
+
+#include <algorithm>
+
+#include "cuda/formulas.cuh"
+
+namespace fused_losses::cuda {
+namespace {
+
+constexpr unsigned kThreads = 256;
+constexpr int64_t kMaxBlocks = 4096;
+
+int lanes_for(int64_t bins) {
+  int lanes = 1;
+  while (lanes < kWarp && lanes * 4 < bins) lanes *= 2;
+  return lanes;
+}
+
+// The first bin of position p, by one of the sets of strides.
+__device__ __forceinline__ int64_t offset_of(const SoftmaxArgs& a, const int64_t (&stride)[kMaxDims], int64_t p) {
+  int64_t offset = 0;
+  for (int d = a.ndim - 1; d > 0; --d) {
+    const int64_t rest = p / a.size[d];
+    offset += (p - rest * a.size[d]) * stride[d];
+    p = rest;
+  }
+  return offset + p * stride[0];
+}
+
+__device__ __forceinline__ double denominator_of(const DistributionBuffers& b) {
+  if (!b.avg_factor) return 1;
+  return *b.avg_factor < 1 ? 1 : *b.avg_factor;  // NaN stays
+}
+
+// The target of a position, where it lies between two bins.
+template <class T>
+__device__ __forceinline__ T require_place(T t, int64_t bins) {
+  if (!(t >= 0 && t <= static_cast<T>(bins - 1))) require_target(t > 0 ? bins : -1, bins);
+  return t;
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    distribution_focal_kernel(const DistributionArgs d, const DistributionBuffers b, int lanes) {
+  using T = typename ComputeOf<S>::T;
+  constexpr T lowest =
+      sizeof(T) == 8 ? static_cast<T>(-1.7976931348623157e308) : static_cast<T>(-3.4028234663852886e38);
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const SoftmaxArgs& a = d.rows;
+  T mean_scale = static_cast<T>(a.grad_scale / denominator_of(b));
+  if (b.scalar_upstream) mean_scale *= widen(*static_cast<const S*>(b.scalar_upstream));
+  const int lane = threadIdx.x % lanes;
+  const int64_t rows = kThreads / lanes, step = rows * gridDim.x;
+  Sum<T> sum;
+  for (int64_t first = rows * blockIdx.x; first < a.positions; first += step) {
+    // A group without a row stays: every lane of its warp takes part in the shuffles.
+    const int64_t p = first + threadIdx.x / lanes;
+    const bool inside = p < a.positions;
+    const S* x = static_cast<const S*>(a.logits) + (inside ? offset_of(a, a.logits_stride, p) : 0);
+    const T t = inside ? require_place(static_cast<const T*>(d.target)[p], a.classes) : T{0};
+    const T weight = inside && d.weight ? static_cast<const T*>(d.weight)[p] : T{1};
+
+    T highest = lowest;
+    for (int64_t j = lane; inside && j < a.classes; j += lanes)
+      highest = at_least(widen(x[j * a.logits_class_stride]), highest);
+    for (int width = lanes / 2; width > 0; width /= 2)
+      highest = at_least(__shfl_xor_sync(0xffffffffu, highest, width), highest);
+
+    BinSums<T> sums{0, 0, 0};
+    for (int64_t j = lane; inside && j < a.classes; j += lanes) {
+      const T distance = highest - widen(x[j * a.logits_class_stride]);
+      const T q = neighbour_weight(t, static_cast<T>(j));
+      if (distance == 0)
+        sums.ones += 1;
+      else
+        sums.rest += exp(-distance);
+      if (q > 0) sums.distance += q * distance;  // a bin of -inf beside them is none
+    }
+    for (int width = lanes / 2; width > 0; width /= 2) {
+      sums.rest += __shfl_xor_sync(0xffffffffu, sums.rest, width);
+      sums.ones += __shfl_xor_sync(0xffffffffu, sums.ones, width);
+      sums.distance += __shfl_xor_sync(0xffffffffu, sums.distance, width);
+    }
+    if (!inside) continue;
+    if (lane == 0) {
+      const T value = weight * distribution_focal_value(sums);
+      sum.add(value);
+      if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+    }
+    if (!a.grad) continue;
+    T scale = mean_scale * weight;
+    if (a.upstream) scale *= widen(static_cast<const S*>(a.upstream)[p]);
+    const T inverse = scale / (sums.rest + sums.ones);
+    S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
+    for (int64_t j = lane; j < a.classes; j += lanes) {
+      const T term = exp(widen(x[j * a.logits_class_stride]) - highest);
+      const T q = neighbour_weight(t, static_cast<T>(j));
+      g[j * a.grad_class_stride] = Narrow<S>::from(distribution_focal_slope(sums, term, q, inverse));
+    }
+  }
+  if (b.partial) {
+    const double total = block_sum(sum.total, scratch);
+    if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    finish_distribution_kernel(const DistributionBuffers b, int64_t blocks, double factor, S* loss) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) sum += b.partial[i];
+  sum = block_sum(sum, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0)
+    *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum * factor / denominator_of(b)));
+}
+
+// f(S{}) for the storage type.
+template <class F>
+cudaError_t for_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+    case DType::f32: break;
+  }
+  return f(float{});
+}
+
+}  // namespace
+
+int64_t distribution_focal_blocks(const DistributionArgs& d) {
+  const int64_t rows = kThreads / lanes_for(d.rows.classes);
+  return std::clamp((d.rows.positions + rows - 1) / rows, int64_t{1}, kMaxBlocks);
+}
+
+cudaError_t distribution_focal(const DistributionArgs& d, const DistributionBuffers& b, cudaStream_t stream) {
+  return for_dtype(d.rows.dtype, [&](auto type) {
+    return launch(distribution_focal_kernel<decltype(type)>, static_cast<unsigned>(distribution_focal_blocks(d)),
+                  kThreads, 1, kThreads / kWarp * sizeof(double), stream, d, b, lanes_for(d.rows.classes));
+  });
+}
+
+cudaError_t finish_distribution_focal(const DistributionArgs& d, const DistributionBuffers& b, int64_t blocks,
+                                      double factor, void* loss, cudaStream_t stream) {
+  return for_dtype(d.rows.dtype, [&](auto type) {
+    using S = decltype(type);
+    return launch(finish_distribution_kernel<S>, 1, kThreads, 1, kThreads / kWarp * sizeof(double), stream, b, blocks,
+                  factor, static_cast<S*>(loss));
+  });
+}
+
+}  // namespace fused_losses::cuda

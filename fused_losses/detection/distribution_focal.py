@@ -1,0 +1,132 @@
+"""Distribution focal loss: a side of a box as a distribution over bins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .. import _checks, reference
+from .._anchors import AvgFactor, avg_factor_of
+from .._autograd import evaluate
+from .._ops import LossOps
+
+
+def _reference(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    avg_factor: Tensor | None,
+    divisor: float,
+    reduction: int,
+) -> Tensor:
+    name = _checks.REDUCTION_NAMES[reduction]
+    return reference.distribution_focal_loss(input, target, weight, avg_factor, divisor, name)
+
+
+_OPS = LossOps.of("distribution_focal", _reference)
+
+
+def distribution_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    *,
+    avg_factor: AvgFactor = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Distribution focal loss: cross entropy of the bins with both neighbours of a target between them.
+
+    ::
+
+        loss = -weight ((l + 1 - t) log p_l + (t - l) log p_(l+1)),    l = floor(t),    p = softmax(x)
+
+    Equivalent to::
+
+        l = target.long()
+        left, right = (F.cross_entropy(input, i, reduction="none") for i in (l, l + 1))
+        loss = (left * (l + 1 - target) + right * (target - l)).mean()
+
+    Args:
+        input: logits of the bins, (bins), (N, bins) or (N, ..., bins), as (N, 4, bins) and (4 N, bins) for the sides of
+            N boxes; float32, float64, bfloat16 or float16, any strides.
+        target: in [0, bins - 1], the shape of input without its bins; any floating dtype.
+        weight: a factor for each target, or for each of N anchors: broadcasts to target's shape, and (N) goes with
+            (N, 4) too.
+        reduction: "none" (one value a target), "mean" or "sum". "mean" divides by the number of targets.
+        avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads nothing.
+        inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
+            not be used after this call; autograd raises if they are.
+
+    Returns:
+        The shape of target for "none", else (), in the dtype of input.
+
+    Raises:
+        IndexError: a target outside [0, bins - 1]. On a GPU the kernel stops.
+        ValueError: a shape, dtype, reduction or avg_factor that does not fit.
+        TypeError: input or target that is not a tensor.
+
+    Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388.
+    """
+    _checks.require_tensors("distribution_focal_loss", input=input, target=target)
+    code = _checks.reduction_code(reduction)
+    factor, divisor = avg_factor_of(avg_factor, reduction)
+    if input.dtype not in _checks.DTYPES:
+        raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
+    if input.dim() == 0 or input.shape[-1] == 0:
+        raise ValueError(f"input has {_checks.shape_of(input)}; expected (..., bins) with bins > 0")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has {_checks.shape_of(target)}; expected the input's, {tuple(input.shape)}, without its bins"
+        )
+    if not target.is_floating_point():
+        raise ValueError(
+            f"target has dtype {target.dtype}; expected a floating one: it lies between two bins"
+        )
+    wide = torch.float64 if input.dtype is torch.float64 else torch.float32
+    if weight is not None:
+        weight = _for_each_target(weight, target).to(wide)
+    logits = input.movedim(-1, 1) if input.dim() > 2 else input
+    tensors = (target.to(wide), weight, factor)
+    options = (divisor, code)
+    if not _checks.reachable(logits, *tensors):
+        return _reference(logits, *tensors, *options)
+    stored = code != _checks.NONE and input.dtype != torch.float16
+    return evaluate(_OPS, inplace_backward, stored, logits, tensors, options)
+
+
+def _for_each_target(weight: Tensor, target: Tensor) -> Tensor:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight is {weight!r}; expected a Tensor or None, not {type(weight).__name__}")
+    if weight.shape != target.shape and weight.shape == target.shape[:-1]:
+        weight = weight.unsqueeze(-1)
+    if not _checks.broadcasts(weight.shape, target.shape):
+        raise ValueError(
+            f"weight has {_checks.shape_of(weight)}, which does not broadcast to target's, {tuple(target.shape)}"
+        )
+    return weight.expand(target.shape)
+
+
+class DistributionFocalLoss(Module):
+    """`fused_losses.functional.distribution_focal_loss` as a criterion."""
+
+    def __init__(self, reduction: str = "mean", *, inplace_backward: bool = False) -> None:
+        super().__init__()
+        self.reduction = reduction
+        self.inplace_backward = inplace_backward
+
+    def forward(
+        self, input: Tensor, target: Tensor, weight: Tensor | None = None, *, avg_factor: AvgFactor = None
+    ) -> Tensor:
+        return distribution_focal_loss(
+            input,
+            target,
+            weight,
+            self.reduction,
+            avg_factor=avg_factor,
+            inplace_backward=self.inplace_backward,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"

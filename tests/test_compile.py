@@ -1,0 +1,217 @@
+"""torch.compile, torch.export, and what they ask of every op: fake kernels, schemas that tell the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, IN_PLACE_CASES, Case
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_losses
+import fused_losses.functional as F
+from fused_losses.detection import pairwise_bce_cost
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+NAMESPACE = "fused_losses::"
+
+
+class OpCalls(TorchDispatchMode):
+    """Keeps the first call of each of our ops, with copies of its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op._schema.name.startswith(NAMESPACE):
+            copies = torch.utils._pytree.tree_map_only(Tensor, copy_of, args)
+            self.calls.setdefault(op, copies)
+        return op(*args, **(kwargs or {}))
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor).copy_(tensor) if tensor.dim() else tensor.detach().clone()
+
+
+def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every op of the package, as the losses call it."""
+    with OpCalls() as seen:
+        for case in CASES:
+            for reduction in ("mean", "none"):
+                data, options = case.make(torch.float32)
+                case.ours(data, **options, reduction=reduction)
+                for keyword in ({}, {"inplace_backward": True}) if case.in_place else ({},):
+                    logits = data.clone().requires_grad_() * 1
+                    loss = case.ours(logits, **options, reduction=reduction, **keyword)
+                    (loss.sum() * 1.5).backward()
+        pairwise_bce_cost(torch.randn(6, 5), torch.tensor([0, 4, 2]))
+    # What overwrites the input of a loss that has no inplace_backward.
+    extra = [(getattr(torch.ops.fused_losses, name), name) for name in ("bce_train_", "bce_backward_")]
+    args = {op._schema.name: args for op, args in seen.calls.items()}
+    return [*seen.calls.items(), *((op.default, args[NAMESPACE + name[:-1]]) for op, name in extra)]
+
+
+CALLS = op_calls()
+
+
+def test_the_calls_are_of_every_op() -> None:
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(NAMESPACE)}
+    assert {op._schema.name for op, _ in CALLS} == names
+
+
+@pytest.mark.parametrize(("op", "args"), CALLS, ids=[str(op.name()) for op, _ in CALLS])
+def test_opcheck(op: Any, args: tuple[Any, ...]) -> None:
+    torch.library.opcheck(op, args)
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fake_strides_are_the_real_ones(case: Case, reduction: str) -> None:
+    """A compiler builds its memory plan on them."""
+    data, options = case.make(torch.float32)
+    target = "targets" if "targets" in options else "target"
+    for arrange in (
+        lambda x: x,
+        lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+        lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: x[:, :1].expand_as(x),
+        lambda x: x[:1].expand_as(x),
+    ):
+        logits, rest = arrange(data), dict(options)
+        if rest[target].shape == data.shape:
+            rest[target] = arrange(rest[target])
+        with OpCalls() as seen:
+            loss = case.ours(logits.detach().requires_grad_(), **rest, reduction=reduction)
+            loss.sum().backward()
+        for op, args in seen.calls.items():
+            real = op(*args)
+            with torch._subclasses.FakeTensorMode() as mode:
+                fake = op(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args))
+            for a, b in zip(*map(torch.utils._pytree.tree_leaves, (real, fake)), strict=True):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def compiled(function: Any, ops: list[str], **options: Any) -> Any:
+    """torch.compile that writes the ops of its graphs to `ops`."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def keep(inner: torch.fx.GraphModule, _: Any) -> Any:
+            ops.extend(str(node.target) for node in inner.graph.nodes if node.op == "call_function")
+            return make_boxed_func(inner.forward)
+
+        return aot_autograd(fw_compiler=keep)(graph, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def value_and_gradient(function: Any, data: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = data.clone().requires_grad_()
+    loss = function(leaf)
+    loss.backward(torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape))
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_graph_with_the_fused_op(case: Case, reduction: str) -> None:
+    data, options = case.make(torch.float32)
+
+    def loss_of(x: Tensor) -> Tensor:
+        return case.ours(x * 0.9, **options, reduction=reduction)
+
+    ops: list[str] = []
+    ours = compiled(loss_of, ops)
+    torch.testing.assert_close(value_and_gradient(ours, data), value_and_gradient(loss_of, data))
+    assert sum("fused_losses" in op for op in ops) == (1 if reduction == "mean" else 2)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(data), loss_of(data))
+
+
+@pytest.mark.parametrize("case", IN_PLACE_CASES, ids=lambda case: case.name)
+def test_in_place_is_left_to_the_compiler(case: Case) -> None:
+    data, options = case.make(torch.float32)
+
+    def loss_of(x: Tensor) -> Tensor:
+        return case.ours(x * 0.9, **options, reduction="sum", inplace_backward=True)
+
+    torch.testing.assert_close(
+        value_and_gradient(compiled(loss_of, []), data), value_and_gradient(loss_of, data)
+    )
+
+
+def test_float16_gradients_come_after_the_loss_scale() -> None:
+    logits, target = torch.randn(64, 5000).half(), torch.randint(5000, (64,))
+
+    def loss_of(x: Tensor) -> Tensor:
+        return F.cross_entropy(x * 1, target).float() * 65536
+
+    torch.testing.assert_close(
+        value_and_gradient(compiled(loss_of, []), logits), value_and_gradient(loss_of, logits)
+    )
+
+
+class Network(nn.Module):
+    """A classifier with a loss of every kind on its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(7, 5)
+        self.losses = nn.ModuleList(
+            [
+                fused_losses.CrossEntropyLoss(label_smoothing=0.1),
+                fused_losses.SoftmaxFocalLoss(),
+                fused_losses.BCEWithLogitsLoss(pos_weight=torch.full((5,), 2.0)),
+                fused_losses.SigmoidFocalLoss(),
+            ]
+        )
+        self.losses.append(self.losses[3])
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        logits = self.layer(x)
+        dense = torch.nn.functional.one_hot(index, 5).to(logits.dtype)
+        targets = (index, index, dense, dense, dense)
+        return sum(loss(logits, t) for loss, t in zip(self.losses, targets, strict=True)) + F.binary_cross_entropy(
+            logits.sigmoid(), dense
+        )  # fmt: skip
+
+
+def test_inductor_trains_without_recompiling() -> None:
+    """Batches of several sizes, all of the first one's graph; the same weights as without compile."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    compiled_network, network = Network(), Network()
+    network.load_state_dict(compiled_network.state_dict())
+    counter = CompileCounterWithBackend("inductor")
+    step = torch.compile(compiled_network, backend=counter, fullgraph=True, dynamic=True)
+    graphs = 0
+    for size in (6, 9, 4):
+        x, index = torch.randn(size, 7), torch.randint(5, (size,))
+        for model, call in ((compiled_network, step), (network, network)):
+            model.zero_grad()
+            call(x, index).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad
+        graphs = graphs or counter.frame_count
+    assert counter.frame_count == graphs
+    for ours, theirs in zip(compiled_network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict: bool) -> None:
+    network = Network().eval()
+    x, index = torch.randn(6, 7), torch.randint(5, (6,))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = {"x": {0: batch}, "index": {0: batch}}
+    program = torch.export.export(network, (x, index), dynamic_shapes=shapes, strict=strict)
+    x, index = torch.randn(11, 7), torch.randint(5, (11,))
+    torch.testing.assert_close(program.module()(x, index), network(x, index))
