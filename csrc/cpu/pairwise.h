@@ -20,8 +20,8 @@ static void pairwise_range(const PairwiseArgs& a, int64_t begin, int64_t end) {
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
     for (int64_t i = 0; i < n; ++i) offset[i] = (p + i) * a.anchor_stride;
-    read_columns(a.dtype, a.logits, offset, a.anchor_stride == 1, a.class_stride, classes, n, tile.get(), group,
-                 column.get());
+    Columns<T>{a.dtype, offset, a.anchor_stride, a.class_stride, classes, n, group, column.get()}.read(a.logits,
+                                                                                                       tile.get());
     if (a.objectness) {
       const T* o = stage_run(a.dtype, a.objectness, p * a.objectness_stride, a.objectness_stride, n, objectness);
       if (o != objectness) read_run(o, 1, n, objectness);
