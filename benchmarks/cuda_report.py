@@ -216,7 +216,10 @@ def table(architecture: str) -> str:
     shown = [
         (name, value)
         for name, value in sorted(counted.items())
-        if re.search(r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16)>|block_kernel<(float|bf16), false, true", name)
+        if re.search(
+            r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16)>|block_kernel<(float|bf16), false, true",
+            name,
+        )
     ]
     if shown:
         lines += [
