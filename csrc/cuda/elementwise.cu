@@ -149,7 +149,7 @@ __device__ __forceinline__ double denominator_of(const ElementwiseBuffers& b, do
 }
 
 template <class Loss, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
   using T = typename ComputeOf<S>::T;
   using V = typename FormulaOf<S>::V;
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     pack(p, x[0], t[0]);
     pack(p + step, x[1], t[1]);
   }
-  if (p < packs) pack(p, input_at(p), target_at(p));
+  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
   // The elements after the last whole pack, or all of them.
   for (int64_t i = packs * n + first; i < count; i += step) {
     T grad;

@@ -140,7 +140,7 @@ MUTANTS = [
     (
         "the last pack of a thread is left out of the plain kernel",
         "cuda/elementwise.cu",
-        "  if (p < packs) pack(p, input_at(p), target_at(p));\n",
+        "  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));\n",
         "",
     ),
     (
