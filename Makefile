@@ -17,7 +17,7 @@ endif
 # With the package of this tree, whatever else is installed.
 RUN := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PY)
 
-.PHONY: test compare bench results build wheel lint format clean
+.PHONY: test compare bench results build wheel lint format clean gpu cuda-report mutants
 
 test: build $(EDITABLE)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile
@@ -38,6 +38,17 @@ results: build $(EDITABLE)
 
 build: $(REQUIREMENTS)
 	$(PY) setup.py --quiet build_ext --inplace
+
+# Installs nothing: on a machine with a GPU, the Python that has PyTorch, `make gpu PYTHON=python3`.
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) benchmarks/gpu.py
+
+cuda-report: $(REQUIREMENTS)
+	$(PY) benchmarks/cuda_report.py --write
+
+# A minute or two each.
+mutants: $(REQUIREMENTS)
+	$(RUN) tests/cuda_on_cpu/mutants.py
 
 wheel: $(REQUIREMENTS)
 	rm -rf dist

@@ -19,6 +19,7 @@ from . import _C as native
 from . import __version__, reference
 from . import functional as F
 from ._ops import CUDA
+from .detection import IndexTarget
 
 torch_F = torch.nn.functional
 
@@ -40,6 +41,11 @@ def checks(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
 
     def focal(x: Tensor) -> Tensor:
         return reference.sigmoid_focal_loss(x, target(x), None, None, 0.25, 0.75, 2.0, "mean")
+
+    def by_class(x: Tensor, elementwise: reference.Elementwise, alpha: float) -> Tensor:
+        one_hot = torch_F.one_hot(index, 50).to(x.dtype)
+        wide = x.float() if x.element_size() < 4 else x
+        return elementwise(wide, one_hot.to(wide.dtype), None, 1.0, alpha, 2.0, False).mean().to(x.dtype)
 
     yield (
         "cross_entropy",
@@ -65,6 +71,25 @@ def checks(device: str) -> Iterator[tuple[str, Tensor, Loss, Loss]]:
         logits,
         lambda x: F.softmax_focal_loss(x, index),
         lambda x: reference.softmax_focal_loss(x, index, None, 2.0, -100, "mean"),
+    )
+    yield (
+        "quality_focal_loss",
+        logits,
+        lambda x: F.quality_focal_loss(x, IndexTarget(index)),
+        lambda x: by_class(x, reference.quality_focal_elements, 1.0),
+    )
+    yield (
+        "varifocal_loss",
+        logits,
+        lambda x: F.varifocal_loss(x, IndexTarget(index)),
+        lambda x: by_class(x, reference.varifocal_elements, 0.75),
+    )
+    sides = (dense[:, 0] * 49).float().double()  # in digits that every kernel takes
+    yield (
+        "distribution_focal_loss",
+        logits,
+        lambda x: F.distribution_focal_loss(x, sides),
+        lambda x: reference.distribution_focal_loss(x, sides, None, None, 0.0, "mean"),
     )
 
 

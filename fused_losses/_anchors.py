@@ -53,6 +53,25 @@ def evaluate_anchors(
         raise TypeError(f"input is {input!r}; expected a Tensor, not {type(input).__name__}")
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
+    if autocasting(input):
+        with torch.autocast(input.device.type, enabled=False):
+            return evaluate_anchors(
+                loss,
+                wide_logits(input),
+                target,
+                weight=weight,
+                pos_weight=pos_weight,
+                alpha=alpha,
+                alpha_positive=alpha_positive,
+                alpha_negative=alpha_negative,
+                gamma=gamma,
+                detach_weight=detach_weight,
+                avg_factor=avg_factor,
+                class_dim=class_dim,
+                reduction=reduction,
+                inplace_backward=inplace_backward,
+                return_probabilities=return_probabilities,
+            )
     code = _checks.reduction_code(reduction)
     factor, divisor = avg_factor_of(avg_factor, reduction)
     dim = _class_dim(class_dim, input)
@@ -110,6 +129,16 @@ def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
         for name in ("forward", "train", "train_")
     }
     return dataclasses.replace(loss, **forms)
+
+
+def autocasting(input: Tensor) -> bool:
+    kind = input.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def wide_logits(input: Tensor) -> Tensor:
+    """What autocast makes of a loss's logits: float32, and so its result."""
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
 def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None, float]:

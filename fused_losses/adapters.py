@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import functional
 from .bce import BCEWithLogitsLoss
@@ -67,6 +68,17 @@ def yolov5_focal_loss(criterion: Any, pred: Tensor, true: Tensor) -> Any:
     return FocalLoss.forward(criterion, pred, true)
 
 
+def yolov5_quality_focal_loss(criterion: Any, pred: Tensor, true: Tensor) -> Any:
+    """alpha_t |t - s|^gamma bce, bce by the criterion it wraps. A pos_weight that is not 1 goes to the original."""
+    bce, alpha = criterion.loss_fcn, criterion.alpha
+    if not _wraps_plain_bce(criterion) or pred.shape != true.shape or not _is_one(bce.pos_weight):
+        return NotImplemented
+    balance = true * alpha + (1 - true) * (1 - alpha)
+    weight = balance if bce.weight is None else balance * bce.weight
+    reduction = criterion.reduction if criterion.reduction in ("mean", "sum") else "none"
+    return functional.quality_focal_loss(pred, true, criterion.gamma, weight, reduction)
+
+
 def ultralytics_focal_loss(criterion: Any, pred: Tensor, label: Tensor) -> Any:
     """alpha_t u^gamma bce, its mean over dimension 1, summed over the rest. alpha is a tensor: one or one a class."""
     alpha = criterion.alpha
@@ -87,6 +99,34 @@ def ultralytics_focal_loss(criterion: Any, pred: Tensor, label: Tensor) -> Any:
     alpha = alpha.to(pred.device, pred.dtype)
     balance = label * alpha + (1 - label) * (1 - alpha)
     return (loss * torch.where((alpha > 0).any(), balance, 1)).mean(1).sum()
+
+
+def ultralytics_varifocal_loss(criterion: Any, pred_score: Tensor, gt_score: Tensor, label: Tensor) -> Any:
+    """alpha s^gamma bce where label is 0, q bce where it is 1, in fp32 or more; mean over dimension 1, sum over the rest.
+
+    As its callers have it: label is 0 or 1, and the score q is 0 where label is 0.
+    """
+    if pred_score.dim() < 2 or not pred_score.shape == gt_score.shape == label.shape:
+        return NotImplemented
+    dtype = torch.promote_types(torch.promote_types(pred_score.dtype, gt_score.dtype), torch.float32)
+    score = gt_score.to(dtype)
+    # A positive of score 0 weighs nothing. The next number to 0 does not, and is no negative.
+    score = torch.where(label > 0, score.clamp_min(torch.finfo(torch.float32).tiny), 0)
+    logits = pred_score.to(dtype)
+    return (
+        functional.varifocal_loss(logits, score, criterion.alpha, criterion.gamma, None, "sum")
+        / logits.shape[1]
+    )
+
+
+def ultralytics_distribution_focal_loss(criterion: Any, pred_dist: Tensor, target: Tensor) -> Any:
+    """Cross entropy with both neighbours of the target, the mean over the sides of a box: (4 N, bins), (N, 4) -> (N, 1)."""
+    if pred_dist.dim() != 2 or target.dim() == 0 or pred_dist.shape[0] != target.numel():
+        return NotImplemented
+    target = target.clamp_(0, criterion.reg_max - 1 - 0.01)  # in place, as there
+    logits = pred_dist.to(torch.promote_types(pred_dist.dtype, target.dtype))
+    loss = functional.distribution_focal_loss(logits, target.reshape(-1), reduction="none")
+    return loss.view(target.shape).mean(-1, keepdim=True)
 
 
 def timm_label_smoothing(criterion: Any, x: Tensor, target: Tensor) -> Any:
@@ -121,6 +161,20 @@ def timm_binary_cross_entropy(criterion: Any, x: Tensor, target: Tensor) -> Any:
         x, target, criterion.weight, pos_weight=criterion.pos_weight, reduction=criterion.reduction
     )
     return loss.sum(-1).mean() if getattr(criterion, "sum_classes", False) else loss
+
+
+_ones = WeakTensorKeyDictionary()  # a tensor: its version, and whether it is all 1
+
+
+def _is_one(weight: Tensor | None) -> bool:
+    """Read once a tensor, and again after it is changed: on a device the host has to wait for the answer."""
+    if weight is None:
+        return True
+    version, one = _ones.get(weight, (None, False))  # type: ignore[no-untyped-call]
+    if version != weight._version:
+        one = bool((weight == 1).all())
+        _ones[weight] = weight._version, one
+    return bool(one)
 
 
 _NO_INDEX = torch.iinfo(torch.int64).min
@@ -161,6 +215,16 @@ def _binary_example(criterion: Any) -> tuple[Tensor, Tensor]:
     return _logits(*shape).to(device), targets.to(device)
 
 
+def _score_example(criterion: Any) -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.tensor([0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0]).repeat(5)[:30].view(6, 5)
+    return _logits(6, 5).float(), labels * torch.linspace(0, 1, 30).view(6, 5), labels
+
+
+def _bins_example(criterion: Any) -> tuple[Tensor, Tensor]:
+    bins = criterion.reg_max
+    return _logits(12, bins), torch.linspace(-1, bins, 12, dtype=torch.float64).view(3, 4)
+
+
 def _alpha_example(criterion: Any) -> tuple[Tensor, Tensor]:
     alpha = torch.as_tensor(criterion.alpha)
     classes = alpha.numel() if alpha.numel() > 1 else 5
@@ -178,6 +242,11 @@ def _soft_example(criterion: Any) -> tuple[Tensor, Tensor]:
 
 ADAPTERS = [
     Adapter("FocalLoss", ("loss_fcn", "gamma", "alpha", "reduction"), yolov5_focal_loss, _wrapped_example),
+    Adapter(
+        "QFocalLoss", ("loss_fcn", "gamma", "alpha", "reduction"), yolov5_quality_focal_loss, _wrapped_example
+    ),
+    Adapter("VarifocalLoss", ("gamma", "alpha"), ultralytics_varifocal_loss, _score_example),
+    Adapter("DFLoss", ("reg_max",), ultralytics_distribution_focal_loss, _bins_example),
     Adapter("FocalLoss", ("gamma", "alpha"), ultralytics_focal_loss, _alpha_example),
     Adapter("LabelSmoothingCrossEntropy", ("smoothing", "confidence"), timm_label_smoothing, _index_example),
     Adapter("SoftTargetCrossEntropy", (), timm_soft_target, _soft_example),

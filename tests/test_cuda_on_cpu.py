@@ -37,14 +37,14 @@ DEVICES = {"cluster": ("9", "101376"), "staged": ("8", "101376"), "reread": ("8"
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> Iterator[None]:
     sanitize = SANITIZED in os.environ
-    folder = Path(os.environ.get("FUSED_LOSSES_SIMT_BUILD", ROOT / "build"))
-    library = build.library(folder / ("simt-sanitized" if sanitize else "simt"), sanitize=sanitize)
+    folder = build.FOLDER.with_name("simt-sanitized") if sanitize else build.FOLDER
+    library = build.library(folder, sanitize=sanitize)
     with emulated(library):
         yield
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     capability, shared = DEVICES[request.param]
     monkeypatch.setenv("FUSED_LOSSES_SIMT_CAPABILITY", capability)
     monkeypatch.setenv("FUSED_LOSSES_SIMT_SHARED", shared)
@@ -83,7 +83,7 @@ def test_rows(classes: int, dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [1025, 16387, 50257])
-def test_long_rows(classes: int, dtype: torch.dtype, kind: str, device: str) -> None:
+def test_long_rows(classes: int, dtype: torch.dtype, kind: str, gpu: str) -> None:
     """Odd lengths: every row begins elsewhere between two 16-byte boundaries."""
     logits, index = draw((3, classes), "ordinary", dtype)
     check_cross_entropy(logits, **softmax_options(kind, logits, index))
@@ -116,7 +116,7 @@ def test_many_targets_are_counted_apart(positions: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [5, 1500])
-def test_ignored_rows(classes: int, device: str) -> None:
+def test_ignored_rows(classes: int, gpu: str) -> None:
     logits = torch.full((4, classes), math.nan)
     logits[1] = torch.randn(classes)
     leaf = logits.requires_grad_()
@@ -201,7 +201,7 @@ def test_bce_on_probabilities() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (3, 1100), (3, 9, 5)])
-def test_in_place(shape: tuple[int, ...], device: str) -> None:
+def test_in_place(shape: tuple[int, ...], gpu: str) -> None:
     logits, index = draw(shape, "ordinary", torch.float32)
     leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     for reduction in ("mean", "none"):
@@ -260,7 +260,7 @@ def test_a_target_out_of_range_stops_the_kernel(shape: tuple[int, ...], position
             F.cross_entropy(logits, index, weight)
 
 
-def test_the_same_bits_in_any_order_of_threads(device: str) -> None:
+def test_the_same_bits_in_any_order_of_threads(gpu: str) -> None:
     """Between barriers the emulation runs the threads in a different order each time."""
     logits, index = draw((50, 2050), "ordinary", torch.float32)
     targets = torch.rand(50, 2050)

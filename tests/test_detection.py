@@ -771,3 +771,21 @@ def test_what_the_kernels_do_not_reach() -> None:
         leaf = logits.clone().requires_grad_()
         function(leaf, target, reduction="mean").backward()
         torch.testing.assert_close(gradient, leaf.grad)
+
+
+@every_loss
+def test_autocast(name: str) -> None:
+    """float32 as torch's own under autocast, and still no dense target."""
+    ours = LOSSES[name][0]
+    logits, labels = torch.randn(50, 80).bfloat16().requires_grad_(), draw_labels((50,), 80)
+    wide = logits.detach().float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16), LargeTensors(50 * 80) as large:
+        loss = ours(logits, IndexTarget(labels), reduction="mean")
+    assert large.found == [50 * 80] * 2  # the logits in float32, and their gradient
+    expected = ours(wide, IndexTarget(labels), reduction="mean")
+    loss.backward()
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert logits.grad is not None
+    assert wide.grad is not None
+    assert torch.equal(logits.grad, wide.grad.bfloat16())

@@ -39,7 +39,7 @@ element_shapes = st.lists(sizes, max_size=4).map(tuple)
 
 @st.composite
 def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, *, unit: bool = False) -> Tensor:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**16)))
     if unit:
         tensor = torch.rand(shape, generator=generator, dtype=torch.float64)
         tensor = tensor.round() if draw(st.booleans()) else tensor
@@ -99,7 +99,7 @@ def rows_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 @st.composite
 def index_of(draw: st.DrawFn, shape: tuple[int, ...], ignore_index: int) -> Tensor:
     count = shape[min(1, len(shape) - 1)]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**16)))
     index = torch.randint(count, rows_of(shape), generator=generator)
     ignored = torch.rand(rows_of(shape), generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
     return index.masked_fill(ignored, ignore_index)

@@ -408,7 +408,7 @@ def test_a_wrapped_criterion_and_its_wrapper() -> None:
     report.restore()
     assert type(focal) is yolov5.FocalLoss
     assert type(focal.loss_fcn) is nn.BCEWithLogitsLoss
-    unknown = yolov5.QFocalLoss(nn.BCEWithLogitsLoss())
+    unknown = type("Mine", (yolov5.QFocalLoss,), {})(nn.BCEWithLogitsLoss())
     x, t = torch.randn(6, 5, requires_grad=True), torch.rand(6, 5)
     expected = unknown(x, t)
     replace_criterion(unknown)

@@ -1,6 +1,6 @@
 // Distribution focal loss. Included inside each level's namespace, after softmax.h. Rows are short (16 bins): a vector
 // holds one bin of neighbouring positions, and nothing is summed across lanes. A group of positions is brought into a
-// tile [C, group], which holds their logits, then the exponentials, then the gradient.
+// tile [C, group] (Columns), which holds their logits, then the exponentials, then the gradient.
 
 template <class T, bool want_grad>
 static double distribution_focal_range(const DistributionArgs& d, int64_t begin, int64_t end) {
@@ -9,26 +9,38 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
   constexpr int lanes = Lanes<V>::count, group = vectors * lanes;
 
   const SoftmaxArgs& a = d.rows;
-  const int64_t classes = a.classes;
-  const auto tile = std::unique_ptr<T[]>(new T[classes * group]()), column = std::unique_ptr<T[]>(new T[classes]);
+  const int64_t classes = a.classes, last = a.ndim - 1;
+  const auto tile = std::unique_ptr<T[]>(new T[classes * group]), column = std::unique_ptr<T[]>(new T[classes]);
   T* const x = tile.get();  // [C, group]
   const T *target = static_cast<const T*>(d.target), *weight = static_cast<const T*>(d.weight);
   double total = 0;
 
   Cursor cursor(a, begin);
+  int64_t logits_offset[group], grad_offset[group];
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
-    int64_t grad_offset[group];
+    const bool one_run = cursor.left_in_run() >= n;
+    for (int64_t i = 0; i < n;) {
+      const int64_t run = cursor.left_in_run() < n - i ? cursor.left_in_run() : n - i;
+      for (int64_t k = 0; k < run; ++k) {
+        logits_offset[i + k] = cursor.logits + k * a.logits_stride[last];
+        grad_offset[i + k] = cursor.grad + k * a.grad_stride[last];
+      }
+      cursor.advance(run);
+      i += run;
+    }
+    const auto columns = [&](const int64_t* offset, int64_t stride, int64_t class_stride) {
+      return Columns<T>{a.dtype, offset, one_run ? stride : 0, class_stride, classes, n, group, column.get()};
+    };
+    columns(logits_offset, a.logits_stride[last], a.logits_class_stride).read(a.logits, x);
+
     alignas(64) T place[group] = {}, factor[group] = {}, scale[group] = {};  // a lane past the end counts for nothing
-    for (int64_t i = 0; i < n; ++i, cursor.advance(1)) {
-      const T* from = stage_run<T>(a.dtype, a.logits, cursor.logits, a.logits_class_stride, classes, column.get());
-      for (int64_t c = 0; c < classes; ++c) x[c * group + i] = from[c];
-      grad_offset[i] = cursor.grad;
+    for (int64_t i = 0; i < n; ++i) {
       place[i] = target[p + i];
       factor[i] = weight ? weight[p + i] : T{1};
       scale[i] = static_cast<T>(a.grad_scale * factor[i]);
-      if (a.upstream) scale[i] *= load_scalar<T>(a.dtype, a.upstream, p + i);
     }
+    for (int64_t i = 0; a.upstream && i < n; ++i) scale[i] *= load_scalar<T>(a.dtype, a.upstream, p + i);
 
     V highest[vectors];
 #pragma GCC unroll 4
@@ -62,7 +74,7 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
       sums[u] = {rest[u].total, ones[u], distances[u]};
       const V factors = load(factor + u * lanes);
       V value = factors * distribution_focal_value(sums[u]);
-      if (n < group) {  // lanes past the end hold an earlier group's logits
+      if (n < group) {  // lanes past the end
         T lane[lanes];
         store(lane, value);
         const int64_t left = n - u * lanes;
@@ -88,10 +100,7 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
           store(at, distribution_focal_slope(sums[u], load(at), q, inverse[u]));
         }
       }
-      for (int64_t i = 0; i < n; ++i) {
-        for (int64_t c = 0; c < classes; ++c) column[c] = x[c * group + i];
-        unstage_run<T>(a.dtype, a.grad, grad_offset[i], a.grad_class_stride, classes, column.get());
-      }
+      columns(grad_offset, a.grad_stride[last], a.grad_class_stride).write(a.grad, x);
     }
   }
   return total;

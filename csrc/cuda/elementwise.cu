@@ -1,15 +1,17 @@
-// One kernel for every element-wise loss, of any size: a grid-stride loop. Each operand is moved in once and the
+// Two kernels for every element-wise loss, of any size: grid-stride loops. Each operand is moved in once and the
 // gradient out once: BCE in fp32 12 bytes an element, in bf16 6.
 //
+// plain: a sum or a mean over a dense target, without weights. The other kernel takes everything else.
 // packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
-//   moves 16 bytes of each at a time. The weights may have any strides: a pack that stays inside one run of the last
-//   dimension finds its place once; so does an index target, which is read once for the pack's anchor.
+//   moves 16 bytes of each at a time, and in the plain kernel loads two packs before it uses the first. The weights may
+//   have any strides: a pack that stays inside one run of the last dimension finds its place once; so does an index
+//   target, which is read once for the pack's anchor.
 // otherwise: one element at a time, every operand by its strides.
 //
 // Labels are turned into codes and counted by a launch of their own.
 //
-// Values are added up by each thread with compensation, by the block in double, and by finish() in the blocks' order:
-// the same bits on every run.
+// Values are added up in packs, by each thread with compensation, by the block in double, and by finish() in the
+// blocks' order: the same bits on every run.
 #include "cuda/elementwise.h"
 
 #include <algorithm>
@@ -20,14 +22,30 @@ namespace fused_losses::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 2048;       // a few for every multiprocessor there is
-constexpr int64_t kElementsAThread = 8;    // at least, so that small losses have few partial sums
+constexpr int64_t kMaxBlocks = 2048;  // a few for every multiprocessor there is
+constexpr int64_t kElementsAThread = 8;  // at least, so that small losses have few partial sums
 
 template <class T>
 struct ElementwiseParams {
   T alpha_positive, alpha_negative, slope;
   double gamma, gamma_minus_one;
+  __device__ __forceinline__ explicit ElementwiseParams(const ElementwiseArgs& a)
+      : alpha_positive(static_cast<T>(a.alpha_positive)),
+        alpha_negative(static_cast<T>(a.alpha_negative)),
+        slope(static_cast<T>(a.detach_weight ? 0 : a.gamma)),
+        gamma(a.gamma),
+        gamma_minus_one(a.gamma - 1) {}
 };
+
+// The formula at one element.
+template <class Loss, class V, class T>
+__device__ __forceinline__ ValueGrad<V> loss_of(T x, T t, ElementWeights<V> weights,
+                                                const ElementwiseParams<V>& params) {
+  if constexpr (std::is_same_v<Loss, Bce>) require_probability(x);
+  Sigmoid<V> sigma{};
+  if constexpr (Loss::on_logits) sigma = sigmoid(V(x));
+  return Loss::apply(V(x), sigma, V(t), weights, params);
+}
 
 // Where element i of the common shape is, by these strides.
 __device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const int64_t (&stride)[kMaxDims], int64_t i) {
@@ -90,7 +108,7 @@ template <class T>
 struct IndexRun {
   const ElementwiseArgs& a;
   int64_t first, anchor, from;  // from: the class of the first element
-  bool one_run;                 // the n elements are in one run of the last dimension
+  bool one_run;  // the n elements are in one run of the last dimension
 
   __device__ __forceinline__ IndexRun(const ElementwiseArgs& args, int64_t i, int n) : a(args), first(i) {
     const int last = a.ndim - 1;
@@ -131,31 +149,27 @@ __device__ __forceinline__ double denominator_of(const ElementwiseBuffers& b, do
 }
 
 template <class Loss, class S>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
   using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<S>::V;
   constexpr int n = Pack<S>::size;
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  const ElementwiseParams<T> params{static_cast<T>(a.alpha_positive), static_cast<T>(a.alpha_negative),
-                                    static_cast<T>(a.detach_weight ? 0 : a.gamma), a.gamma, a.gamma - 1};
+  const ElementwiseParams<V> params(a);
   T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
   if (b.scalar_upstream) scale *= widen(*static_cast<const S*>(b.scalar_upstream));
   const bool indexed = a.index.code;
   Sum<T> sum;
 
   const auto element = [&](T x, Target<T> target, T weight, T pos_weight, T alpha, T upstream, T* grad) {
-    ElementWeights<T> weights{pos_weight, params.alpha_positive, params.alpha_negative};
+    ElementWeights<V> weights{V(pos_weight), params.alpha_positive, params.alpha_negative};
     if (a.alpha.data) {
-      weights.alpha_positive = alpha;
-      weights.alpha_negative = 1 - alpha;
+      weights.alpha_positive = V(alpha);
+      weights.alpha_negative = V(1 - alpha);
     }
-    Sigmoid<T> sigma{};
-    if constexpr (Loss::on_logits) sigma = sigmoid(x);
-    const ValueGrad<T> loss = Loss::apply(x, sigma, target.t, weights, params);
-    *grad = target.ignored ? T{0} : loss.grad * weight * scale * upstream;
-    const T value = target.ignored ? T{0} : loss.value * weight;
-    sum.add(value);
-    return value;
+    const ValueGrad<V> loss = loss_of<Loss>(x, target.t, weights, params);
+    *grad = target.ignored ? T{0} : static_cast<T>(loss.grad) * weight * scale * upstream;
+    return target.ignored ? T{0} : static_cast<T>(loss.value) * weight;
   };
   const auto probability_of = [](T x) {
     const T far = sigmoid(x).far;
@@ -168,22 +182,21 @@ __global__ void __launch_bounds__(kThreads)
     const Pack<S> x = load_pack(static_cast<const S*>(a.input.data) + at);
     const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n), alpha(a, a.alpha, at, n);
     const IndexRun<T> index(a, at, n);
-    Pack<S> t, upstream, grad, value, probability;
+    Pack<S> t, upstream;
     if (!indexed) t = load_pack(static_cast<const S*>(a.target.data) + at);
     if (a.upstream.data) upstream = load_pack(static_cast<const S*>(a.upstream.data) + at);
+    T value[n], grad[n], probability[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      T g;
       const Target<T> target = indexed ? index.at(k) : Target<T>{widen(t.at[k]), false};
-      const T v = element(widen(x.at[k]), target, weight.at(k), pos_weight.at(k), alpha.at(k),
-                          a.upstream.data ? widen(upstream.at[k]) : T{1}, &g);
-      grad.at[k] = Narrow<S>::from(g);
-      value.at[k] = Narrow<S>::from(v);
-      if (a.probability.data) probability.at[k] = Narrow<S>::from(probability_of(widen(x.at[k])));
+      value[k] = element(widen(x.at[k]), target, weight.at(k), pos_weight.at(k), alpha.at(k),
+                         a.upstream.data ? widen(upstream.at[k]) : T{1}, &grad[k]);
+      if (a.probability.data) probability[k] = probability_of(widen(x.at[k]));
     }
-    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, grad);
-    if (a.value.data) store_pack(static_cast<S*>(a.value.data) + at, value);
-    if (a.probability.data) store_pack(static_cast<S*>(a.probability.data) + at, probability);
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
+    if (a.value.data) store_pack(static_cast<S*>(a.value.data) + at, narrow_pack<S>(value));
+    if (a.probability.data) store_pack(static_cast<S*>(a.probability.data) + at, narrow_pack<S>(probability));
+    sum.add(pairwise_sum<n>(value));
   }
   // The elements after the last whole pack, or all of them.
   for (int64_t i = packs * n + first; i < count; i += step) {
@@ -192,6 +205,7 @@ __global__ void __launch_bounds__(kThreads)
     const Target<T> target = indexed ? IndexRun<T>(a, i, 1).at(0) : Target<T>{read<S>(a, a.target, i), false};
     const T v = element(x, target, read<S>(a, a.weight, i), read<S>(a, a.pos_weight, i), read<S>(a, a.alpha, i),
                         read<S>(a, a.upstream, i), &g);
+    sum.add(v);
     if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(g);
     if (a.value.data) static_cast<S*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<S>::from(v);
     if (a.probability.data)
@@ -200,6 +214,56 @@ __global__ void __launch_bounds__(kThreads)
   if (b.partial) {
     const double total = block_sum(sum.total, scratch);
     if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+  }
+}
+
+// Three blocks a multiprocessor, so that enough bytes are on their way.
+template <class Loss, class S>
+__global__ void __launch_bounds__(kThreads, 3)
+    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const S* scalar_upstream,
+                             double* partial) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<S>::V;
+  constexpr int n = Pack<S>::size;
+  const ElementwiseParams<V> params(a);
+  T scale = static_cast<T>(a.grad_scale);
+  if (scalar_upstream) scale *= widen(*scalar_upstream);
+  Sum<T> sum;
+
+  const auto element = [&](S x, S t, T* grad) {
+    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    const ValueGrad<V> loss = loss_of<Loss>(widen(x), widen(t), weights, params);
+    *grad = static_cast<T>(loss.grad) * scale;
+    return static_cast<T>(loss.value);
+  };
+  const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
+  const auto target_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.target.data) + i * n); };
+  const auto pack = [&](int64_t i, const Pack<S>& x, const Pack<S>& t) {
+    T value[n], grad[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) value[k] = element(x.at[k], t.at[k], &grad[k]);
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
+    sum.add(pairwise_sum<n>(value));
+  };
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  const int64_t packs = packed ? count / n : 0;
+  int64_t p = first;
+  for (; p + step < packs; p += 2 * step) {
+    const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
+    pack(p, x[0], t[0]);
+    pack(p + step, x[1], t[1]);
+  }
+  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
+  // The elements after the last whole pack, or all of them.
+  for (int64_t i = packs * n + first; i < count; i += step) {
+    T grad;
+    sum.add(element(static_cast<const S*>(a.input.data)[offset_of(a, a.input, i)],
+                    static_cast<const S*>(a.target.data)[offset_of(a, a.target, i)], &grad));
+    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
+  }
+  if (partial) {
+    const double total = block_sum(sum.total, reinterpret_cast<double*>(shared_memory()));
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
   }
 }
 
@@ -235,8 +299,15 @@ cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const Elementwi
   bool packed = true;
   for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability})
     packed &= can_pack<S>(*o);
-  return launch(elementwise_kernel<Loss, S>, static_cast<unsigned>(elementwise_blocks(count)), kThreads, 1,
-                kThreads / kWarp * sizeof(double), stream, a, count, packed, b);
+  const auto blocks = static_cast<unsigned>(elementwise_blocks(count));
+  constexpr size_t shared = kThreads / kWarp * sizeof(double);
+  bool plain = !a.index.code && !b.avg_factor;
+  for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})
+    plain &= !o->data;
+  if (plain)
+    return launch(elementwise_plain_kernel<Loss, S>, blocks, kThreads, 1, shared, stream, a, count, packed,
+                  static_cast<const S*>(b.scalar_upstream), b.partial);
+  return launch(elementwise_kernel<Loss, S>, blocks, kThreads, 1, shared, stream, a, count, packed, b);
 }
 
 // Loss64 is the formula for double.

@@ -10,11 +10,66 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <type_traits>
 
 namespace fused_losses::cuda {
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 __device__ __forceinline__ uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+__device__ __forceinline__ uint16_t float_to_bfloat(float x) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+// Two at once, `low` in the lower half of the word.
+__device__ __forceinline__ uint32_t floats_to_halves(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+__device__ __forceinline__ uint32_t floats_to_bfloats(float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  return bits;
+}
+
+// One instruction each, to about 22 bits; results below the smallest normal number are 0.
+__device__ __forceinline__ float approximate_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float approximate_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float approximate_square_root(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes from global to shared memory, both addresses aligned, past the registers: a thread has as many on their
+// way as it likes. After wait_for_copies() the thread that asked for them sees them (others after a barrier as well).
+__device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "l"(__cvta_generic_to_global(global))
+      : "memory");
+}
+// To an aligned address. Beside a branch that stores the parts, the compiler would make parts of this, too.
+__device__ __forceinline__ void store_16_bytes(void* global, uint4 words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Dynamic shared memory, 16-byte aligned: the only kind the kernels use.
 __device__ __forceinline__ char* shared_memory() {
@@ -35,7 +90,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return n;
 }
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 // The address in the cluster's shared memory of what stands at `own` here, in block `rank`.
 template <class P>
@@ -54,14 +109,32 @@ __device__ __forceinline__ P* in_block(P* own, unsigned) {
 }
 #endif
 
-// A target outside [0, classes) ends the kernel, as torch's own do, before it is used as an address.
-static __device__ __noinline__ void out_of_bounds(int64_t target, int64_t classes) {
+// Ends the kernel as torch's own assertions do: cudaErrorAssert.
+[[noreturn]] static __device__ __forceinline__ void stop(const char* condition) {
+#ifdef __CUDA_ARCH__  // declared for devices alone
+  __assert_fail(condition, __FILE__, __LINE__, "fused_losses");
+#endif
+  __trap();  // not reached, which the compiler does not know
+}
+
+// A target outside [0, classes) stops the kernel before it is used as an address.
+[[noreturn]] static __device__ __noinline__ void out_of_bounds(int64_t target, int64_t classes) {
   printf("fused_losses: target %lld is out of bounds: input has %lld classes\n", static_cast<long long>(target),
          static_cast<long long>(classes));
-  __trap();
+  stop("0 <= target && target < classes");
 }
 __device__ __forceinline__ void require_target(int64_t target, int64_t classes) {
   if (target < 0 || target >= classes) out_of_bounds(target, classes);
+}
+
+// A probability outside [0, 1], NaN included, does the same.
+[[noreturn]] static __device__ __noinline__ void no_probability(double input) {
+  printf("fused_losses: input is %g; expected a probability between 0 and 1\n", input);
+  stop("0 <= input && input <= 1");
+}
+template <class T>
+__device__ __forceinline__ void require_probability(T input) {
+  if (!(input >= 0 && input <= 1)) no_probability(input);
 }
 
 template <class... Parameters, class... Arguments>
@@ -126,12 +199,7 @@ struct Narrow<f16> {
 };
 template <>
 struct Narrow<bf16> {
-  static __device__ __forceinline__ bf16 from(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if (x != x) return {0x7fc0};
-    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};  // nearest, ties to even
-  }
+  static __device__ __forceinline__ bf16 from(float x) { return {float_to_bfloat(x)}; }
 };
 
 // 16 bytes at a time, from and to an aligned address.
@@ -147,15 +215,43 @@ __device__ __forceinline__ Pack<S> load_pack(const S* p) {
   memcpy(&pack, &words, sizeof pack);
   return pack;
 }
+template <class S, class T>
+__device__ __forceinline__ Pack<S> narrow_pack(const T (&x)[Pack<S>::size]) {
+  Pack<S> pack;
+  if constexpr (sizeof(S) == 2) {
+    uint32_t words[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      words[k] =
+          std::is_same_v<S, f16> ? floats_to_halves(x[2 * k], x[2 * k + 1]) : floats_to_bfloats(x[2 * k], x[2 * k + 1]);
+    memcpy(&pack, words, sizeof pack);
+  } else {
+#pragma unroll
+    for (int k = 0; k < Pack<S>::size; ++k) pack.at[k] = x[k];
+  }
+  return pack;
+}
 template <class S>
 __device__ __forceinline__ void store_pack(S* p, const Pack<S>& pack) {
   uint4 words;
   memcpy(&words, &pack, sizeof words);
-  *reinterpret_cast<uint4*>(p) = words;
+  store_16_bytes(p, words);
 }
 template <class S>
 __host__ __device__ __forceinline__ int misaligned(const S* p) {  // elements past a 16-byte boundary
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(S));
+}
+
+// The sum of x, pairwise; leaves x in disorder. (By recursion: a loop over widths is not always unrolled, and an array
+// with an index that is not constant goes to local memory.)
+template <int n, int size, class T>
+__device__ __forceinline__ T pairwise_sum(T (&x)[size]) {
+  if constexpr (n > 1) {
+#pragma unroll
+    for (int k = 0; k < n / 2; ++k) x[k] += x[k + n / 2];
+    return pairwise_sum<n / 2>(x);
+  }
+  return x[0];
 }
 
 // A sum with Kahan's compensation.

@@ -3,18 +3,22 @@
 //   value = A (log sum + m - x_y) + D + Q log sum,  grad = (A + Q) p_j - q_j - A 1_y.
 //
 // kernel    rows it serves                              bytes for N x C logits, gradient included
-// lanes     contiguous, C <= 1024                       in once, out once; the second read of a row is in L1
+// lanes     contiguous, C <= 1024 (see lanes_items)     in once, out once: the row stays in registers
 // staged    contiguous, C > 1024, row (or its share     in once, out once: the row stays in shared memory
 //           in a cluster) fits shared memory
 // reread    contiguous, longer                          in twice (the second mostly from L2), out once
 // columns   any strides; a thread a position, so        in once from memory where the C rows that are in flight
 //           (N, C, d1, ...) is read coalesced           fit L2, out once
 //
+// What it takes to move that at the memory's speed: loads in flight (asynchronous copies of a whole row's share, or
+// several loads of a thread before the first is used), and, for 16-bit logits, less than 30 instructions an element.
+//
 // The mean's denominator is counted on the device: by every block for few targets (they are in L2 after the first),
 // else by a launch of its own. Nothing is allocated here and the host waits for nothing.
 #include "cuda/softmax.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/formulas.cuh"
 
@@ -22,22 +26,27 @@ namespace fused_losses::cuda {
 namespace {
 
 constexpr unsigned kThreads = 256;
-constexpr int64_t kMaxBlocks = 4096;
-constexpr int64_t kLanesRow = 1024;  // classes, the longest row of the lanes kernel
+constexpr int64_t kBlocksAMultiprocessor = 32;  // at most in a grid (or clusters): what is more takes turns
+// Of the lanes kernel, a row's classes in one lane: as many as leave registers enough to spill none.
+constexpr int lanes_items(size_t element, bool dense) { return element == 8 ? 8 : dense ? 16 : 32; }
 constexpr int64_t kCountHere = 1024;  // targets that every block counts itself
 constexpr unsigned kCountBlocks = 256;
 constexpr int64_t kRun = 32;  // classes that one thread adds up before it starts a new sum
-constexpr int64_t kSliceBytes = 48 << 10;  // of a row in one block: four blocks fit a multiprocessor, which overlaps
-                                           // one's loads with another's stores
+constexpr int kChunk = 8;  // of them, loaded before the first is used
+constexpr int kPacksAhead = 4;  // packs that a thread of the reread kernel loads before it uses the first
+constexpr int kBlocksAtOnce = 3;  // of the staged kernel on a multiprocessor: one's loads beside another's arithmetic
+constexpr int kReserved = 1024;  // bytes of shared memory that the system takes for each block
 constexpr unsigned kMaxCluster = 8;  // what every sm_90 grants
 
+template <class T>
+constexpr T infinity = static_cast<T>(__builtin_inf());
 template <class T>
 constexpr T lowest = sizeof(T) == 8 ? static_cast<T>(-1.7976931348623157e308) : static_cast<T>(-3.4028234663852886e38);
 
 // ---- one row ---------------------------------------------------------------------------------------------------
 
 template <class T>
-struct RowStats {
+struct alignas(16) RowStats {
   T maximum, rest, q_sum, q_distance;  // rest: without the target's term; q_distance: sum of q_j (maximum - x_j)
 };
 template <class T>
@@ -50,11 +59,34 @@ __device__ __forceinline__ RowStats<T> relative_to(RowStats<T> s, T maximum) {
   return {maximum, s.rest * exp(-distance), s.q_sum, s.q_distance + s.q_sum * distance};
 }
 template <class T>
-__device__ __forceinline__ RowStats<T> merge(RowStats<T> a, RowStats<T> b) {
-  const T maximum = at_least(a.maximum, b.maximum);
-  a = relative_to(a, maximum);
-  b = relative_to(b, maximum);
-  return {maximum, a.rest + b.rest, a.q_sum + b.q_sum, a.q_distance + b.q_distance};
+__device__ __forceinline__ void add(RowStats<T>& s, RowStats<T> other) {  // of the same maximum
+  s.rest += other.rest;
+  s.q_sum += other.q_sum;
+  s.q_distance += other.q_distance;
+}
+// All of read(0) ... read(n - 1): the maximum first, so that each costs one exponential.
+template <class T, class Read>
+__device__ __forceinline__ RowStats<T> merge(unsigned n, Read read) {
+  RowStats<T> s = no_stats<T>();
+  for (unsigned i = 0; i < n; ++i) s.maximum = larger(s.maximum, read(i).maximum);
+  for (unsigned i = 0; i < n; ++i) add(s, relative_to(read(i), s.maximum));
+  return s;
+}
+// The same over groups of `lanes` neighbouring lanes. Every lane of the warp takes part.
+template <bool dense, class T>
+__device__ __forceinline__ RowStats<T> merge_lanes(RowStats<T> s, int lanes) {
+  constexpr unsigned all = 0xffffffffu;
+  T maximum = s.maximum;
+  for (int width = lanes / 2; width > 0; width /= 2) maximum = larger(maximum, __shfl_xor_sync(all, maximum, width));
+  s = relative_to(s, maximum);
+  for (int width = lanes / 2; width > 0; width /= 2) {
+    s.rest += __shfl_xor_sync(all, s.rest, width);
+    if constexpr (dense) {
+      s.q_sum += __shfl_xor_sync(all, s.q_sum, width);
+      s.q_distance += __shfl_xor_sync(all, s.q_distance, width);
+    }
+  }
+  return s;
 }
 
 // Row p's target: y >= 0 an index of weight A, or y = -1 and a dense part only.
@@ -96,22 +128,31 @@ struct DenseWeights {
   }
 };
 
-// Takes n values in; all of them before one exponential is spent on a new maximum.
-template <int n, bool dense, class T>
-__device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], const T (&q)[n], int64_t j, int64_t y) {
+// Takes x[0 .. count) in, the target's at x[at] where at is in the range: all of them before one exponential is spent
+// on a new maximum. The others are -inf.
+template <class S, bool dense, int n, class T, class Index>
+__device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], const T (&q)[n], Index at, int count = n) {
   T highest = x[0];
 #pragma unroll
-  for (int k = 1; k < n; ++k) highest = at_least(x[k], highest);
+  for (int k = 1; k < n; ++k) highest = larger(highest, x[k]);
   if (highest > s.maximum) s = relative_to(s, highest);
+  T term[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const T distance = s.maximum - x[k];
-    s.rest += j + k == y ? T{0} : exp(-distance);
+    term[k] = exp_term<S>(-distance);
     if constexpr (dense) {
-      s.q_sum += q[k];
-      s.q_distance += q[k] * distance;
+      if (k < count) {
+        s.q_sum += q[k];
+        s.q_distance += q[k] * distance;
+      }
     }
   }
+  if (at >= 0 && at < n) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) term[k] = k == at ? T{0} : term[k];
+  }
+  s.rest += pairwise_sum<n>(term);
 }
 
 // What every gradient of the row takes.
@@ -119,15 +160,21 @@ template <class T>
 struct RowGradient {
   T maximum, high, low;  // p_j (A + Q) scale = exp(x_j - maximum) (high + low)
   T scale, at_target;
-  template <bool dense>
-  __device__ __forceinline__ T at(T x, T q, bool is_target) const {
-    const T term = exp(x - maximum);
-    T small = term * low, all = at_target;
-    if constexpr (dense) {
-      small -= scale * q;
-      all -= scale * q;
+  // out = the gradient of n logits, the target's at x[at].
+  template <class S, bool dense, int n, class Index>
+  __device__ __forceinline__ void of(const T (&x)[n], const T (&q)[n], Index at, T (&out)[n]) const {
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const T term = exp_term<S>(x[k] - maximum);
+      out[k] = dense ? term * high + (term * low - scale * q[k]) : term * high;
     }
-    return is_target ? all : term * high + small;
+    if (at >= 0 && at < n) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        const T all = dense ? at_target - scale * q[k] : at_target;
+        out[k] = k == at ? all : out[k];
+      }
+    }
   }
 };
 
@@ -211,47 +258,52 @@ __device__ __forceinline__ int64_t offset_of(const SoftmaxArgs& a, const int64_t
   return offset + p * stride[0];
 }
 
-__device__ __forceinline__ void write_partial(const SoftmaxBuffers& b, double value, double* scratch) {
+__device__ __forceinline__ void write_partial(const SoftmaxBuffers& b, double value, unsigned place, double* scratch) {
   if (!b.partial) return;
   const double total = block_sum(value, scratch);
-  if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+  if (threadIdx.x == 0) b.partial[place] = total;
 }
 
 // ---- lanes: some threads of a warp a row -----------------------------------------------------------------------
 
-template <class S, bool dense>
-__global__ void __launch_bounds__(kThreads)
+template <class S, bool dense, int items>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     softmax_lanes_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, int lanes) {
   using T = typename ComputeOf<S>::T;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
   const DenseWeights<T> weights(a);
-  const int lane = threadIdx.x % lanes;
+  const int lane = threadIdx.x % lanes, classes = static_cast<int>(a.classes);
   const int64_t rows = kThreads / lanes, step = rows * gridDim.x;
   Sum<T> sum;
   for (int64_t first = rows * blockIdx.x; first < a.positions; first += step) {
     // A group without a row stays: every lane of its warp takes part in the shuffles.
     const int64_t p = first + threadIdx.x / lanes;
     const bool inside = p < a.positions;
-    const S* x = static_cast<const S*>(a.logits) + (inside ? offset_of(a, a.logits_stride, p) : 0);
+    const S* row = static_cast<const S*>(a.logits) + (inside ? offset_of(a, a.logits_stride, p) : 0);
     const S* t = inside && a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p)
                                          : nullptr;
     RowTarget<T> target{-1, false, 0, 0};
-    if (inside) target = row_target<S>(a, p, x);
-    RowStats<T> s = no_stats<T>();
-    if (target.live) {
-      for (int64_t j = lane; j < a.classes; j += lanes) {
-        const T one[1] = {widen(x[j])};
-        const T q[1] = {dense ? weights.q(j, t ? widen(t[j]) : T{0}) : T{0}};
-        accumulate<1, dense>(s, one, q, j, target.y);
+    if (inside) target = row_target<S>(a, p, row);
+    // This lane's classes: lane, lane + lanes, ... The loads do not wait for each other.
+    T x[items], q[items];
+    int count = 0, at = -1;
+#pragma unroll
+    for (int k = 0; k < items; ++k) {
+      const int j = lane + k * lanes;
+      x[k] = -infinity<T>;
+      q[k] = 0;
+      if (target.live && j < classes) {
+        x[k] = widen(row[j]);
+        if constexpr (dense) q[k] = weights.q(j, t ? widen(t[j]) : T{0});
+        count = k + 1;
+        if (j == target.y) at = k;
       }
     }
-    for (int width = lanes / 2; width > 0; width /= 2) {
-      const RowStats<T> other{__shfl_xor_sync(0xffffffffu, s.maximum, width),
-                              __shfl_xor_sync(0xffffffffu, s.rest, width), __shfl_xor_sync(0xffffffffu, s.q_sum, width),
-                              __shfl_xor_sync(0xffffffffu, s.q_distance, width)};
-      s = merge(s, other);
-    }
+    __syncwarp();  // in place: every lane has read the target's logit
+    RowStats<T> s = no_stats<T>();
+    if (target.live) accumulate<S, dense>(s, x, q, at, count);
+    s = merge_lanes<dense>(s, lanes);
     if (!inside) continue;
     RowGradient<T> gradient{};
     T value = 0;
@@ -262,17 +314,13 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (!a.grad) continue;
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
-    for (int64_t j = lane; j < a.classes; j += lanes) {
-      T grad = 0;
-      if (target.live) {
-        // With an index the smoothing's share of the target's own gradient is in q as well.
-        const T q = dense ? weights.q(j, t ? widen(t[j]) : T{0}) : T{0};
-        grad = gradient.template at<dense>(widen(x[j]), q, j == target.y);
-      }
-      g[j] = Narrow<S>::from(grad);
-    }
+    T grad[items]{};
+    if (target.live) gradient.template of<S, dense>(x, q, at, grad);
+#pragma unroll
+    for (int k = 0; k < items; ++k)
+      if (lane + k * lanes < classes) g[lane + k * lanes] = Narrow<S>::from(grad[k]);
   }
-  write_partial(b, sum.total, scratch);
+  write_partial(b, sum.total, blockIdx.x, scratch);
 }
 
 // ---- staged, reread: a block, or a cluster of them, a row ------------------------------------------------------
@@ -293,12 +341,14 @@ struct Slice {
   }
 };
 
-// Shared memory: scratch (a double and a RowStats a warp, one RowStats for the cluster), then the staged slice.
+// Shared memory: scratch (a double and a RowStats a warp, one RowStats for the cluster), then the staged packs.
 constexpr size_t kScratch = kThreads / kWarp * (sizeof(double) + 4 * sizeof(double)) + 4 * sizeof(double);
 
 template <class S, bool dense, bool staged>
-__global__ void __launch_bounds__(kThreads) softmax_block_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
+    softmax_block_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
   using T = typename ComputeOf<S>::T;
+  using Index = std::conditional_t<staged, int, int64_t>;  // what shared memory holds is counted in an int
   constexpr int n = Pack<S>::size;
   constexpr unsigned warps = kThreads / kWarp;
   double* scratch = reinterpret_cast<double*>(shared_memory());
@@ -306,66 +356,78 @@ __global__ void __launch_bounds__(kThreads) softmax_block_kernel(const SoftmaxAr
   RowStats<T>* block_stats = warp_stats + warps;
   S* stage = reinterpret_cast<S*>(shared_memory() + kScratch);
 
-  const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
   const DenseWeights<T> weights(a);
   const unsigned blocks = cluster_size(), rank = cluster_rank();
+  const Index thread = static_cast<Index>(threadIdx.x);
+  const int64_t first = blockIdx.x / blocks;
+  T mean_scale = 0;
   Sum<T> sum;
-  for (int64_t p = blockIdx.x / blocks; p < a.positions; p += gridDim.x / blocks) {
+  for (int64_t p = first; p < a.positions; p += gridDim.x / blocks) {
     const S* row = static_cast<const S*>(a.logits) + offset_of(a, a.logits_stride, p);
     const S* t = a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p) : nullptr;
     const RowTarget<T> target = row_target<S>(a, p, row);
     const Slice<S> slice(row, a.classes, rank, blocks);
     const S* x = row + slice.begin;
-    const int64_t tail = slice.head + slice.packs * n;
-    const int shift = slice.head ? n - slice.head : 0;  // so that staged packs are aligned as well
-    const auto q_of = [&](int64_t i) -> T {
+    const Index count = static_cast<Index>(slice.count), packs = static_cast<Index>(slice.packs), head = slice.head;
+    const Index tail = head + packs * n;
+    const bool mine = target.y >= slice.begin && target.y < slice.begin + slice.count;
+    const Index y = mine ? static_cast<Index>(target.y - slice.begin) : -1;  // in this slice
+    if (staged && target.live)
+      for (Index k = thread; k < packs; k += kThreads) copy_16_bytes(stage + k * n, x + head + k * n);
+    // While the first row is on its way.
+    if (p == first) mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+
+    const auto q_of = [&](Index i) -> T {
+      if constexpr (!dense) return 0;
       const int64_t j = slice.begin + i;
-      return dense ? weights.q(j, t ? widen(t[j]) : T{0}) : T{0};
+      return weights.q(j, t ? widen(t[j]) : T{0});
     };
-    // Calls visit(i) for the single elements of the slice, and visit_pack(i) for its packs.
+    // Calls visit(i, one) for the single elements of the slice, and visit_pack(i, pack) for its packs. A thread is
+    // asked for the same packs every time: it reads nothing of the stage that another one has copied.
     const auto for_slice = [&](auto visit, auto visit_pack) {
-      const int64_t thread = threadIdx.x;
-      if (thread < slice.head) visit(thread);
-      for (int64_t k = thread; k < slice.packs; k += kThreads) visit_pack(slice.head + k * n);
-      if (tail + thread < slice.count) visit(tail + thread);
+      if (thread < head) visit(thread, x[thread]);
+      if (tail + thread < count) visit(tail + thread, x[tail + thread]);
+      Index k = thread;
+      if constexpr (staged) {
+        for (; k < packs; k += kThreads) visit_pack(head + k * n, load_pack(stage + k * n));
+      } else {
+        for (; k + (kPacksAhead - 1) * kThreads < packs; k += kPacksAhead * kThreads) {
+          Pack<S> ahead[kPacksAhead];
+#pragma unroll
+          for (int u = 0; u < kPacksAhead; ++u) ahead[u] = load_pack(x + head + (k + u * kThreads) * n);
+#pragma unroll
+          for (int u = 0; u < kPacksAhead; ++u) visit_pack(head + (k + u * kThreads) * n, ahead[u]);
+        }
+        for (; k < packs; k += kThreads) visit_pack(head + k * n, load_pack(x + head + k * n));
+      }
     };
 
     RowStats<T> s = no_stats<T>();
     if (target.live) {
+      wait_for_copies();
       for_slice(
-          [&](int64_t i) {
-            const T one[1] = {widen(x[i])};
-            const T q[1] = {q_of(i)};
-            if constexpr (staged) stage[shift + i] = x[i];
-            accumulate<1, dense>(s, one, q, slice.begin + i, target.y);
+          [&](Index i, S logit) {
+            const T one[1] = {widen(logit)}, q[1] = {q_of(i)};
+            accumulate<S, dense>(s, one, q, y - i);
           },
-          [&](int64_t i) {
-            const Pack<S> pack = load_pack(x + i);
-            if constexpr (staged) store_pack(stage + shift + i, pack);
+          [&](Index i, Pack<S> pack) {
             T wide[n], q[n];
 #pragma unroll
             for (int k = 0; k < n; ++k) {
               wide[k] = widen(pack.at[k]);
               q[k] = q_of(i + k);
             }
-            accumulate<n, dense>(s, wide, q, slice.begin + i, target.y);
+            accumulate<S, dense>(s, wide, q, y - i);
           });
     }
-    for (int width = kWarp / 2; width > 0; width /= 2) {
-      const RowStats<T> other{__shfl_xor_sync(0xffffffffu, s.maximum, width),
-                              __shfl_xor_sync(0xffffffffu, s.rest, width), __shfl_xor_sync(0xffffffffu, s.q_sum, width),
-                              __shfl_xor_sync(0xffffffffu, s.q_distance, width)};
-      s = merge(s, other);
-    }
+    s = merge_lanes<dense>(s, kWarp);
     if (threadIdx.x % kWarp == 0) warp_stats[threadIdx.x / kWarp] = s;
     __syncthreads();  // every warp's sums are there, and (in place) every thread has read the target's logit
-    s = warp_stats[0];
-    for (unsigned w = 1; w < warps; ++w) s = merge(s, warp_stats[w]);
+    s = merge<T>(warps, [&](unsigned w) { return warp_stats[w]; });
     if (blocks > 1) {
       if (threadIdx.x == 0) *block_stats = s;
       cluster_sync();  // every block's sums are there
-      s = *in_block(block_stats, 0);
-      for (unsigned r = 1; r < blocks; ++r) s = merge(s, *in_block(block_stats, r));
+      s = merge<T>(blocks, [&](unsigned r) { return *in_block(block_stats, r); });
     }
 
     RowGradient<T> gradient{};
@@ -378,38 +440,50 @@ __global__ void __launch_bounds__(kThreads) softmax_block_kernel(const SoftmaxAr
     if (a.grad) {
       S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p) + slice.begin;
       const bool aligned = misaligned(g) == misaligned(x);
-      const auto grad_at = [&](int64_t i, S logit) {
-        if (!target.live) return Narrow<S>::from(T{0});
-        return Narrow<S>::from(gradient.template at<dense>(widen(logit), q_of(i), slice.begin + i == target.y));
-      };
-      for_slice([&](int64_t i) { g[i] = grad_at(i, staged && target.live ? stage[shift + i] : x[i]); },
-                [&](int64_t i) {
-                  const Pack<S> pack = staged && target.live ? load_pack(stage + shift + i) : load_pack(x + i);
-                  Pack<S> out;
+      if (!target.live) {
+        for (Index i = thread; i < count; i += kThreads) g[i] = Narrow<S>::from(T{0});
+      } else {
+        for_slice(
+            [&](Index i, S logit) {
+              const T one[1] = {widen(logit)}, q[1] = {q_of(i)};
+              T grad[1];
+              gradient.template of<S, dense>(one, q, y - i, grad);
+              g[i] = Narrow<S>::from(grad[0]);
+            },
+            [&](Index i, Pack<S> pack) {
+              T wide[n], q[n], grad[n];
 #pragma unroll
-                  for (int k = 0; k < n; ++k) out.at[k] = grad_at(i + k, pack.at[k]);
-                  if (aligned) {
-                    store_pack(g + i, out);
-                  } else {
+              for (int k = 0; k < n; ++k) {
+                wide[k] = widen(pack.at[k]);
+                q[k] = q_of(i + k);
+              }
+              gradient.template of<S, dense>(wide, q, y - i, grad);
+              const Pack<S> out = narrow_pack<S>(grad);
+              if (aligned) {
+                store_pack(g + i, out);
+              } else {
 #pragma unroll
-                    for (int k = 0; k < n; ++k) g[i + k] = out.at[k];
-                  }
-                });
+                for (int k = 0; k < n; ++k) g[i + k] = out.at[k];
+              }
+            });
+      }
     }
-    // The next row overwrites what other threads, and other blocks of the cluster, may still be reading.
+    // The next row overwrites what other threads, and other blocks of the cluster, may still be reading; and a block
+    // that ends takes its shared memory along.
     if (blocks > 1) {
       cluster_sync();
     } else {
       __syncthreads();
     }
   }
-  write_partial(b, sum.total, scratch);
+  if (rank == 0) write_partial(b, sum.total, static_cast<unsigned>(first), scratch);
 }
 
 // ---- columns: a thread a position ------------------------------------------------------------------------------
 
 template <class S, bool dense>
-__global__ void __launch_bounds__(kThreads) softmax_columns_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
+    softmax_columns_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
   using T = typename ComputeOf<S>::T;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
@@ -423,19 +497,33 @@ __global__ void __launch_bounds__(kThreads) softmax_columns_kernel(const Softmax
     const auto q_of = [&](int64_t j) -> T {
       return dense ? weights.q(j, t ? widen(t[j * a.probability_class_stride]) : T{0}) : T{0};
     };
+    const int64_t y = target.y;
+    // Classes j, j + 1, ...: their loads do not wait for each other.
+    const auto load = [&](int64_t j, T(&wide)[kChunk], T(&q)[kChunk]) {
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) {
+        wide[k] = -infinity<T>;
+        q[k] = 0;
+        if (j + k < a.classes) {
+          wide[k] = widen(x[(j + k) * a.logits_class_stride]);
+          q[k] = q_of(j + k);
+        }
+      }
+      return a.classes - j < kChunk ? static_cast<int>(a.classes - j) : kChunk;
+    };
     RowGradient<T> gradient{};
-    T value = 0;
+    T value = 0, wide[kChunk], q[kChunk];
     if (target.live) {
       RowStats<T> s = no_stats<T>();
       for (int64_t first = 0; first < a.classes; first += kRun) {  // short runs: a long sum loses digits
         RowStats<T> run = no_stats<T>();
-        const int64_t until = first + kRun < a.classes ? first + kRun : a.classes;
-        for (int64_t j = first; j < until; ++j) {
-          const T one[1] = {widen(x[j * a.logits_class_stride])};
-          const T q[1] = {q_of(j)};
-          accumulate<1, dense>(run, one, q, j, target.y);
+        for (int64_t j = first; j < first + kRun && j < a.classes; j += kChunk) {
+          const int count = load(j, wide, q);
+          accumulate<S, dense>(run, wide, q, y - j, count);
         }
-        s = merge(s, run);
+        const T maximum = larger(s.maximum, run.maximum);
+        s = relative_to(s, maximum);
+        add(s, relative_to(run, maximum));
       }
       value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
     }
@@ -443,24 +531,31 @@ __global__ void __launch_bounds__(kThreads) softmax_columns_kernel(const Softmax
     if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
     if (!a.grad) continue;
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
-    for (int64_t j = 0; j < a.classes; ++j) {
-      T grad = 0;
-      if (target.live) grad = gradient.template at<dense>(widen(x[j * a.logits_class_stride]), q_of(j), j == target.y);
-      g[j * a.grad_class_stride] = Narrow<S>::from(grad);
+    for (int64_t j = 0; j < a.classes; j += kChunk) {
+      T grad[kChunk]{};
+      if (target.live) {
+        load(j, wide, q);
+        gradient.template of<S, dense>(wide, q, y - j, grad);
+      }
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k)
+        if (j + k < a.classes) g[(j + k) * a.grad_class_stride] = Narrow<S>::from(grad[k]);
     }
   }
-  write_partial(b, sum.total, scratch);
+  write_partial(b, sum.total, blockIdx.x, scratch);
 }
 
 // ---- the loss --------------------------------------------------------------------------------------------------
 
+constexpr unsigned kFinishThreads = 1024;
+
 template <class S>
-__global__ void __launch_bounds__(kThreads)
-    softmax_finish_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, unsigned blocks, S* loss) {
+__global__ void __launch_bounds__(kFinishThreads)
+    softmax_finish_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, unsigned count, S* loss) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const double denominator = denominator_of(a, b, scratch);
   double sum = 0;
-  for (unsigned i = threadIdx.x; i < blocks; i += kThreads) sum += b.partial[i];
+  for (unsigned i = threadIdx.x; i < count; i += kFinishThreads) sum += b.partial[i];
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum / denominator));
 }
@@ -469,9 +564,18 @@ template <class S, bool dense>
 cudaError_t launch_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const SoftmaxBuffers& b,
                            cudaStream_t stream) {
   switch (plan.kernel) {
-    case SoftmaxKernel::lanes:
-      return launch(softmax_lanes_kernel<S, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b,
-                    static_cast<int>(plan.lanes));
+    case SoftmaxKernel::lanes: {
+      const auto with = [&](auto items) {
+        return launch(softmax_lanes_kernel<S, dense, items>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b,
+                      static_cast<int>(plan.lanes));
+      };
+      const int64_t items = (a.classes + plan.lanes - 1) / plan.lanes;
+      constexpr int most = lanes_items(sizeof(S), dense);
+      if (items <= 4) return with(std::integral_constant<int, 4>{});
+      if (items <= 8 || most == 8) return with(std::integral_constant<int, 8>{});
+      if (items <= 16 || most == 16) return with(std::integral_constant<int, std::min(most, 16)>{});
+      return with(std::integral_constant<int, most>{});
+    }
     case SoftmaxKernel::staged:
       return launch(softmax_block_kernel<S, dense, true>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
                     a, b);
@@ -482,6 +586,8 @@ cudaError_t launch_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const 
   }
   return launch(softmax_columns_kernel<S, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b);
 }
+
+bool is_dense(const SoftmaxArgs& a) { return a.probability || a.label_smoothing != 0; }
 
 // f(S{}) for the storage type.
 template <class F>
@@ -499,14 +605,19 @@ cudaError_t for_dtype(DType dtype, F f) {
 
 cudaError_t plan_softmax(const SoftmaxArgs& a, bool needs_count, int device, SoftmaxPlan* plan) {
   const int64_t element = a.dtype == DType::f64 ? 8 : a.dtype == DType::f32 ? 4 : 2;
+  const bool dense = is_dense(a);
   const int64_t classes = a.classes, positions = a.positions, row_bytes = classes * element;
-  int major = 0, optin = 0;
+  int major = 0, optin = 0, multiprocessor = 0, multiprocessors = 0;
   cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&optin, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error;
 
+  const int64_t most = multiprocessors * kBlocksAMultiprocessor;
   const auto blocks_for = [&](int64_t rows_a_block) {
-    return static_cast<unsigned>(std::clamp((positions + rows_a_block - 1) / rows_a_block, int64_t{1}, kMaxBlocks));
+    return static_cast<unsigned>(std::clamp((positions + rows_a_block - 1) / rows_a_block, int64_t{1}, most));
   };
   *plan = {SoftmaxKernel::columns, 0, kThreads, 0, 1, kThreads / kWarp * sizeof(double), 0};
   if (needs_count && a.index && positions > kCountHere)
@@ -516,17 +627,18 @@ cudaError_t plan_softmax(const SoftmaxArgs& a, bool needs_count, int device, Sof
                           (!a.probability || a.probability_class_stride == 1);
   if (!contiguous) {
     plan->blocks = blocks_for(kThreads);
-  } else if (classes <= kLanesRow) {
+  } else if (classes <= kWarp * lanes_items(static_cast<size_t>(element), dense)) {
     plan->kernel = SoftmaxKernel::lanes;
     plan->lanes = 4;
     while (plan->lanes < kWarp && plan->lanes * 4 < classes) plan->lanes *= 2;
     plan->blocks = blocks_for(kThreads / plan->lanes);
   } else {
     // A row's share that leaves room for other blocks; on sm_90 and later a cluster makes it small enough.
+    const int64_t share = multiprocessor / kBlocksAtOnce - kReserved - static_cast<int64_t>(kScratch);
     unsigned cluster = 1;
     if (major >= 9)
-      while (cluster < kMaxCluster && row_bytes / cluster > kSliceBytes) cluster *= 2;
-    const size_t stage = static_cast<size_t>(((classes + cluster - 1) / cluster + 16) * element + 15) / 16 * 16;
+      while (cluster < kMaxCluster && row_bytes > share * cluster) cluster *= 2;
+    const size_t stage = static_cast<size_t>((classes + cluster - 1) / cluster * element + 15) / 16 * 16;
     plan->cluster = cluster;
     plan->shared = kScratch;
     plan->kernel = SoftmaxKernel::reread;
@@ -534,7 +646,7 @@ cudaError_t plan_softmax(const SoftmaxArgs& a, bool needs_count, int device, Sof
       plan->kernel = SoftmaxKernel::staged;
       plan->shared += stage;
     }
-    plan->blocks = static_cast<unsigned>(std::min(positions, kMaxBlocks)) * cluster;
+    plan->blocks = static_cast<unsigned>(std::min(positions, most)) * cluster;
   }
   return cudaSuccess;
 }
@@ -545,10 +657,9 @@ cudaError_t softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const Softmax
         launch(count_kernel, plan.count_blocks, kThreads, 1, kThreads / kWarp * sizeof(double), stream, a, b.counts);
     if (error != cudaSuccess) return error;
   }
-  const bool dense = a.probability || a.label_smoothing != 0;
   return for_dtype(a.dtype, [&](auto type) {
     using S = decltype(type);
-    return dense ? launch_softmax<S, true>(a, plan, b, stream) : launch_softmax<S, false>(a, plan, b, stream);
+    return is_dense(a) ? launch_softmax<S, true>(a, plan, b, stream) : launch_softmax<S, false>(a, plan, b, stream);
   });
 }
 
@@ -556,8 +667,8 @@ cudaError_t finish_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const 
                            cudaStream_t stream) {
   return for_dtype(a.dtype, [&](auto type) {
     using S = decltype(type);
-    return launch(softmax_finish_kernel<S>, 1, kThreads, 1, kThreads / kWarp * sizeof(double), stream, a, b,
-                  plan.blocks, static_cast<S*>(loss));
+    return launch(softmax_finish_kernel<S>, 1, kFinishThreads, 1, kFinishThreads / kWarp * sizeof(double), stream, a, b,
+                  plan.blocks / plan.cluster, static_cast<S*>(loss));
   });
 }
 

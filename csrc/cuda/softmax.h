@@ -21,7 +21,8 @@ struct SoftmaxPlan {
 };
 cudaError_t plan_softmax(const SoftmaxArgs& args, bool needs_count, int device, SoftmaxPlan* plan);
 
-// Doubles on the device: `partial` [plan.blocks] sums of the values, `counts` [plan.count_blocks] of the targets.
+// Doubles on the device: `partial` [plan.blocks / plan.cluster] sums of the values, `counts` [plan.count_blocks] of the
+// targets.
 struct SoftmaxBuffers {
   const void* scalar_upstream;  // one element of the logits' dtype, or nullptr
   double* partial;              // or nullptr

@@ -15,6 +15,10 @@
 
 namespace fused_losses {
 
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
 // Makes the tensor's device current for the scope, and knows its current stream.
 class OnDevice {
  public:
@@ -23,7 +27,9 @@ class OnDevice {
   int index() const { return 0; }
   cudaStream_t stream() const { return nullptr; }
 #else
-  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {}
+  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(tensor.get_device_index()) {
+    check(cudaSetDevice(index_), "cudaSetDevice");  // for our CUDA runtime: the guard speaks to PyTorch's
+  }
   int index() const { return index_; }
   cudaStream_t stream() const {
     void* stream = nullptr;
@@ -36,10 +42,6 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
-
-inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
-}
 
 // `tensor`, if there is one, is where `like` is: a kernel that reads the host's memory takes the process down.
 inline void same_device(const Tensor& tensor, const Tensor& like, const char* name) {

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import _checks, reference
-from .._anchors import AvgFactor, avg_factor_of
+from .._anchors import AvgFactor, autocasting, avg_factor_of, wide_logits
 from .._autograd import evaluate
 from .._ops import LossOps
 
@@ -70,6 +70,16 @@ def distribution_focal_loss(
     Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388.
     """
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
+    if autocasting(input):
+        with torch.autocast(input.device.type, enabled=False):
+            return distribution_focal_loss(
+                wide_logits(input),
+                target,
+                weight,
+                reduction,
+                avg_factor=avg_factor,
+                inplace_backward=inplace_backward,
+            )
     code = _checks.reduction_code(reduction)
     factor, divisor = avg_factor_of(avg_factor, reduction)
     if input.dtype not in _checks.DTYPES:

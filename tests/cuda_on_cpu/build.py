@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+FOLDER = Path(os.environ.get("FUSED_LOSSES_SIMT_BUILD", HERE.parents[1] / "build"), "simt")
 CSRC = Path(os.environ.get("FUSED_LOSSES_SIMT_CSRC", HERE.parents[1] / "csrc"))
 # What AddressSanitizer sees as well is left to it: those checks take most of the time to compile.
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr,object-size,pointer-overflow"]

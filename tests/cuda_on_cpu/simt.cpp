@@ -4,11 +4,13 @@
 
 #include <algorithm>
 
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -33,6 +35,7 @@ struct Fiber {
   State state = State::ready;
   uint64_t value;
   int distance;
+  std::vector<std::pair<void*, const void*>> copies;  // asked for and not waited for
 };
 
 struct Machine {
@@ -145,30 +148,41 @@ void run_cluster(unsigned first_block, size_t shared) {
     fiber.thread.x = i % machine.threads.x;
     fiber.state = State::ready;
     fiber.fake_stack = nullptr;
+    fiber.copies.clear();
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
+  std::vector<unsigned> threads_left(machine.cluster, machine.threads.x);
+  // One block of the cluster runs ahead of the others, as far as they let it.
+  const auto any_block = [] { return static_cast<unsigned>(machine.random() % machine.cluster); };
+  unsigned ahead = any_block();
   std::vector<Fiber*> ready;
+  const auto collect = [&](auto chosen) {
+    for (auto& fiber : machine.fibers)
+      if (fiber->state == State::ready && chosen(*fiber)) ready.push_back(fiber.get());
+  };
   for (;;) {
     ready.clear();
-    size_t running = 0;
-    for (auto& fiber : machine.fibers) {
-      running += fiber->state != State::done;
-      if (fiber->state == State::ready) ready.push_back(fiber.get());
-    }
-    if (running == 0) return;
+    collect([&](const Fiber& fiber) { return fiber.rank == ahead; });
     if (ready.empty()) {
-      if (!release_some() && machine.error.empty()) machine.error = "threads wait for threads that never come";
+      const auto done = [](const auto& fiber) { return fiber->state == State::done; };
+      if (std::all_of(machine.fibers.begin(), machine.fibers.end(), done)) return;
+      if (release_some()) continue;
+      collect([](const Fiber&) { return true; });
+      if (ready.empty() && machine.error.empty()) machine.error = "threads wait for threads that never come";
       if (!machine.error.empty()) return;
-      continue;
+      ahead = any_block();
     }
     std::shuffle(ready.begin(), ready.end(), machine.random);
     for (Fiber* fiber : ready) {
       resume(*fiber);
       if (!machine.error.empty()) return;
+      // A block that has ended takes its shared memory along: who still reads it finds other bytes.
+      if (fiber->state == State::done && --threads_left[fiber->rank] == 0)
+        memset(machine.shared[fiber->rank].get(), 0x5A, shared);
     }
   }
 }
@@ -187,14 +201,26 @@ uint64_t exchange(uint64_t value, int distance) {
   wait_as(State::in_exchange);
   return machine.current->value;
 }
+void copy(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
+    fail("a copy of 16 bytes is misaligned");
+  machine.current->copies.emplace_back(shared, global);
+}
+void wait_for_copies() {
+  for (const auto& [shared, global] : machine.current->copies) memcpy(shared, global, 16);
+  machine.current->copies.clear();
+}
 char* shared_memory() { return machine.shared[machine.current->rank].get(); }
 char* shared_memory_of(unsigned rank) { return machine.shared.at(rank).get(); }
 unsigned cluster_size() { return machine.cluster; }
 unsigned cluster_rank() { return machine.current->rank; }
 
-void fail(const char* why, long long a, long long b) {
+void fail(const char* why, ...) {
   char text[200];
-  std::snprintf(text, sizeof text, why, a, b);
+  va_list arguments;
+  va_start(arguments, why);
+  std::vsnprintf(text, sizeof text, why, arguments);
+  va_end(arguments);
   machine.error = text;
   for (;;) to_scheduler();  // never resumed
 }
@@ -227,12 +253,15 @@ const char* cudaGetErrorString(cudaError_t) { return simt::machine.error.c_str()
 
 // FUSED_LOSSES_SIMT_CAPABILITY: the major compute capability, with or without clusters.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) {
-    const char* bytes = std::getenv("FUSED_LOSSES_SIMT_SHARED");
-    *value = bytes ? std::atoi(bytes) : 99 << 10;
-  } else {
-    const char* major = std::getenv("FUSED_LOSSES_SIMT_CAPABILITY");
-    *value = major ? std::atoi(major) : 9;
+  const auto from = [](const char* variable, int otherwise) {
+    const char* text = std::getenv(variable);
+    return text ? std::atoi(text) : otherwise;
+  };
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = from("FUSED_LOSSES_SIMT_SHARED", 99 << 10); break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 150 << 10; break;
+    case cudaDevAttrMultiProcessorCount: *value = 1; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = from("FUSED_LOSSES_SIMT_CAPABILITY", 9); break;
   }
   return cudaSuccess;
 }
@@ -246,6 +275,13 @@ float half_to_float(uint16_t bits) {
                       : exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
                                        : std::ldexp(1 + fraction, exponent - 15);
   return bits & 0x8000 ? -value : value;
+}
+
+uint16_t float_to_bfloat(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x != x) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // nearest, ties to even
 }
 
 uint16_t float_to_half(float x) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define __device__
 #define __host__
@@ -39,7 +40,9 @@ char* shared_memory();
 unsigned cluster_size();
 unsigned cluster_rank();
 char* shared_memory_of(unsigned rank);
-[[noreturn]] void fail(const char* why, long long a, long long b);
+void copy(void* shared, const void* global);
+void wait_for_copies();
+[[noreturn]] void fail(const char* why, ...);
 
 cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned cluster, size_t shared);
 
@@ -51,6 +54,7 @@ cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned t
 #define gridDim (simt::grid_size())
 
 inline void __syncthreads() { simt::sync_block(); }
+inline void __syncwarp() { simt::exchange(0, 0); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
   uint64_t bits = 0;
@@ -66,6 +70,23 @@ using std::fma;
 
 float half_to_float(uint16_t bits);
 uint16_t float_to_half(float x);
+uint16_t float_to_bfloat(float x);
+inline uint32_t floats_to_halves(float low, float high) {
+  return float_to_half(low) | uint32_t{float_to_half(high)} << 16;
+}
+inline uint32_t floats_to_bfloats(float low, float high) {
+  return float_to_bfloat(low) | uint32_t{float_to_bfloat(high)} << 16;
+}
+
+inline float approximate_exp2(float x) { return std::exp2(x); }
+inline float approximate_log2(float x) { return std::log2(x); }
+inline float approximate_reciprocal(float x) { return 1 / x; }
+inline float approximate_square_root(float x) { return std::sqrt(x); }
+
+inline void store_16_bytes(void* global, uint4 words) { *reinterpret_cast<uint4*>(global) = words; }
+// The bytes arrive at the wait and not before.
+inline void copy_16_bytes(void* shared, const void* global) { simt::copy(shared, global); }
+inline void wait_for_copies() { simt::wait_for_copies(); }
 
 inline char* shared_memory() { return simt::shared_memory(); }
 inline unsigned cluster_size() { return simt::cluster_size(); }
@@ -77,7 +98,12 @@ P* in_block(P* own, unsigned rank) {
 }
 
 inline void require_target(int64_t target, int64_t classes) {
-  if (target < 0 || target >= classes) simt::fail("target %lld is out of bounds: input has %lld classes", target, classes);
+  if (target < 0 || target >= classes)
+    simt::fail("target %lld is out of bounds: input has %lld classes", static_cast<long long>(target),
+               static_cast<long long>(classes));
+}
+inline void require_probability(double input) {
+  if (!(input >= 0 && input <= 1)) simt::fail("input is %g; expected a probability between 0 and 1", input);
 }
 
 template <class... Parameters, class... Arguments>

@@ -2,7 +2,12 @@
 #pragma once
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorAssert = 710 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor
+};
 typedef void* cudaStream_t;
 
 const char* cudaGetErrorString(cudaError_t error);
