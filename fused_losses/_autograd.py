@@ -177,7 +177,9 @@ def evaluate_eagerly(
 def _applier(function: Any) -> Callable[..., Any]:
     """`function.apply`, without what takes torch longer than a small loss."""
     # The node of a Function looks for boxed gradients and for a `vjp` before it calls backward: neither is here.
-    function._backward_cls.apply = function.backward
+    node = getattr(function, "_backward_cls", None)  # private to torch: without it, it takes a little longer
+    if node is not None:
+        node.apply = function.backward
     # Function.apply binds default arguments by inspect.signature.
     apply: Callable[..., Any] = super(Function, function).apply
     return apply
