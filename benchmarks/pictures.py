@@ -110,7 +110,10 @@ def _speed_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str], basel
     axes.set_xlim(min(ratios, default=1) / 1.6, max([2, *ratios]) * 1.6)  # room for the labels
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
-    what = "forward + backward" if all(case["differentiable"] for case in cases) else "forward"
+    with_gradient = [case["differentiable"] for case in cases]
+    what = "forward + backward" if any(with_gradient) else "forward"
+    if any(with_gradient) and not all(with_gradient):
+        what += " (forward where there is no gradient)"
     axes.set_title(f"Speed of {what}, in times {baseline or 'nothing'}", fontsize=10)
     axes.set_xlabel("log axis; 1 is equally fast")
 
