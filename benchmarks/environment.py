@@ -15,6 +15,7 @@ import torch
 
 import fused_losses
 import fused_losses._C as native
+from fused_losses.__main__ import cpu_model
 
 DISTRIBUTIONS = ("numpy", "triton", "torchvision", "liger-kernel", "quack-kernels", "apex")
 VARIABLES = ("OMP_", "MKL_", "GOMP_", "KMP_", "CUDA_", "MALLOC_", "LD_PRELOAD", "FUSED_LOSSES_")
@@ -25,9 +26,9 @@ def environment(device: str, cache: int) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
         "last_level_cache_bytes": cache,
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
         "cpus_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -62,12 +63,6 @@ def _read(path: str) -> str | None:
         return Path(path).read_text().strip()
     except OSError:
         return None
-
-
-def _cpu_model() -> str:
-    lines = (_read("/proc/cpuinfo") or "").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _version(distribution: str) -> str | None:

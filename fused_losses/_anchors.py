@@ -54,10 +54,11 @@ def evaluate_anchors(
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
     if autocasting(input):
+        input = _checks.autocast(input)
         with torch.autocast(input.device.type, enabled=False):
             return evaluate_anchors(
                 loss,
-                wide_logits(input),
+                input,
                 target,
                 weight=weight,
                 pos_weight=pos_weight,
@@ -134,11 +135,6 @@ def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
 def autocasting(input: Tensor) -> bool:
     kind = input.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-
-
-def wide_logits(input: Tensor) -> Tensor:
-    """What autocast makes of a loss's logits: float32, and so its result."""
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
 def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None, float]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import _checks, reference
-from .._anchors import AvgFactor, autocasting, avg_factor_of, wide_logits
+from .._anchors import AvgFactor, autocasting, avg_factor_of
 from .._autograd import evaluate
 from .._ops import LossOps
 
@@ -71,9 +71,10 @@ def distribution_focal_loss(
     """
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
     if autocasting(input):
+        input = _checks.autocast(input)
         with torch.autocast(input.device.type, enabled=False):
             return distribution_focal_loss(
-                wide_logits(input),
+                input,
                 target,
                 weight,
                 reduction,
