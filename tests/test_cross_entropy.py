@@ -249,6 +249,58 @@ def test_rows_with_nan_and_infinity(poison: Any, target: str, classes: int, dtyp
     torch.testing.assert_close(gradient, their_gradient, equal_nan=True, rtol=tolerance, atol=tolerance)
 
 
+# What the rows of one call may be away from 0, in an order in which none is like the one before.
+OFFSETS = [0.0, 1000.0, -1000.0, 20.0, 60.0, -40.0, 1e4, 45.0, -1e4, 90.0, 3e6, 0.0, -3e6, 5.0, 1e30]
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("alike", [1, 40])
+@pytest.mark.parametrize("shape", [(301, 10), (301, 40), (301, 1100), (2, 19, 13, 24)])
+def test_rows_far_from_zero_and_from_each_other(
+    shape: tuple[int, ...], alike: int, dtype: torch.dtype, reduction: str, smoothing: float
+) -> None:
+    logits, index = draw(shape, "ordinary", dtype)
+    offset = torch.tensor(OFFSETS, dtype=torch.float64).repeat_interleave(alike)
+    offset = offset.repeat(index.numel() // len(offset) + 1)[: index.numel()].view(index.shape)
+    logits = (logits.double() + offset.unsqueeze(1)).to(dtype)
+    check(logits, index, reduction=reduction, label_smoothing=smoothing)
+    if reduction != "none" and dtype == torch.float32:
+        leaf = logits.clone().requires_grad_()
+        loss = F.cross_entropy(leaf, index, reduction=reduction, label_smoothing=smoothing)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        leaf = logits.clone().requires_grad_()
+        again = F.cross_entropy(
+            leaf * 1, index, reduction=reduction, label_smoothing=smoothing, inplace_backward=True
+        )
+        (overwriting,) = torch.autograd.grad(again, leaf)
+        torch.testing.assert_close(overwriting, gradient, rtol=2e-6, atol=gradient.abs().max().item() * 1e-6)
+        torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("target_logit", [30.0, 51.0, 59.0, 61.0, 80.0, -30.0, -100.0, -1e5])
+@pytest.mark.parametrize("classes", [10, 40])
+def test_a_target_far_from_the_others(classes: int, target_logit: float) -> None:
+    """Relative to the row's own tiny loss, which torch's double rounds to 0."""
+    logits, index = draw((130, classes), "ordinary", torch.float32)
+    goal = index.unsqueeze(1)
+    logits.scatter_(1, goal, target_logit)
+    leaf = logits.clone().requires_grad_()
+    loss = F.cross_entropy(leaf, index, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+
+    exact = logits.double()
+    own = exact.gather(1, goal)
+    others = exact.scatter(1, goal, -math.inf).logsumexp(1, keepdim=True)
+    expected = (exact - torch.logaddexp(others, own)).exp().scatter(1, goal, -torch.sigmoid(others - own))
+    nll = torch_functional.softplus(others - own).squeeze(1)
+    torch.testing.assert_close(loss.double(), nll, rtol=8e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=8e-6, atol=1e-37)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("target", ["index", "probability"])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 5, 0), (0, 5, 4), (0, 0), (2, 3, 0, 7)])

@@ -31,7 +31,7 @@ EXACT: dict[str, Callable[..., mpmath.mpf]] = {
 BOUNDS = [
     ("exp", np.float32, 1.0),
     ("exp", np.float64, 1.0),
-    ("exp_term", np.float32, 1.0),
+    ("exp_term", np.float32, 1.2),
     ("exp_term", np.float64, 1.0),
     ("exp_term_coarse", np.float32, 150.0),
     ("log", np.float32, 1.0),

@@ -13,6 +13,7 @@ typedef int32_t vi __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
 typedef int64_t vl __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES)));
 typedef float half_vf __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES / 2)));
+typedef int32_t half_vi __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES / 2)));
 typedef uint16_t vh __attribute__((vector_size(FUSED_LOSSES_VECTOR_BYTES / 2)));
 
 template <class V>
@@ -66,6 +67,12 @@ FL_FN V magnitude(V x) {
   using I = typename Lanes<V>::Int;
   return bits<V>(bits<I>(x) & ~bits<I>(broadcast<V>(-0.0)));
 }
+// n with 2^n <= x < 2^(n+1), for a normal x >= 0; -bias for 0.
+template <class V>
+FL_FN V exponent_of(V x) {
+  return __builtin_convertvector((bits<typename Lanes<V>::Int>(x) >> Lanes<V>::mantissa_bits) - Lanes<V>::exponent_bias,
+                                 V);
+}
 template <class V>
 FL_FN typename Lanes<V>::Int lane_numbers() {
   using I = typename Lanes<V>::Int;
@@ -98,6 +105,9 @@ typedef __m256d native_vd;
 #define FL_DOUBLE_OP(op, ...) bits<vd>(_mm_##op##_pd(__VA_ARGS__))
 typedef __m128 native_vf;
 typedef __m128d native_vd;
+#endif
+#if defined(FL_FLOAT_OP) && FUSED_LOSSES_VECTOR_BYTES >= 32
+#define FL_MULTIPLY_SUBTRACT(a, b, c) FL_FLOAT_OP(fmsub, bits<native_vf>(a), bits<native_vf>(b), bits<native_vf>(c))
 #endif
 #ifdef FL_FLOAT_OP
 FL_FN vf at_least(vf a, vf low) { return FL_FLOAT_OP(max, bits<native_vf>(low), bits<native_vf>(a)); }
@@ -249,6 +259,19 @@ template <class S>
 FL_FN void store_one(S* p, float x) {
   p->bits = narrow(vf{} + x, S{})[0];
 }
+// Indices of the lanes' width, `instead` for those that are `odd`.
+FL_FN vl load_indices(const int64_t* p, int64_t odd, int64_t instead, vl) {
+  vl y;
+  __builtin_memcpy(&y, p, sizeof y);
+  return y == odd ? vl{} + instead : y;
+}
+FL_FN vi load_indices(const int64_t* p, int64_t odd, int64_t instead, vi) {
+  struct Halves {
+    half_vi low, high;
+  };
+  return bits<vi>(Halves{__builtin_convertvector(load_indices(p, odd, instead, vl{}), half_vi),
+                         __builtin_convertvector(load_indices(p + Lanes<vl>::count, odd, instead, vl{}), half_vi)});
+}
 // The first n < lanes elements; the other lanes read `fill`, and are neither touched in memory nor written.
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
 FL_FN vf load_lanes(const float* p, int64_t n) { return bits<vf>(_mm512_maskz_loadu_ps((1u << n) - 1, p)); }
@@ -326,6 +349,7 @@ FL_FN vd to_double(half_vf v) { return __builtin_convertvector(v, vd); }
 struct Wide {
   vd low, high;
   friend FL_INLINE Wide operator*(Wide a, Wide b) { return {a.low * b.low, a.high * b.high}; }
+  friend FL_INLINE Wide operator*(Wide a, double b) { return {a.low * b, a.high * b}; }
   friend FL_INLINE Wide operator/(Wide a, Wide b) { return {a.low / b.low, a.high / b.high}; }
   friend FL_INLINE Wide operator+(Wide a, Wide b) { return {a.low + b.low, a.high + b.high}; }
   friend FL_INLINE Wide operator-(Wide a, Wide b) { return {a.low - b.low, a.high - b.high}; }
@@ -363,6 +387,10 @@ FL_FN S fold_lanes(typename Few<S, n>::V v, F f) {
 }
 FL_FN double sum_lanes(vd v) {
   return fold_lanes<double, Lanes<vd>::count>(v, [](auto a, auto b) { return a + b; });
+}
+template <class I>
+FL_FN bool any_lane(I mask) {
+  return fold_lanes<int64_t, Lanes<vl>::count>(bits<vl>(mask), [](auto a, auto b) { return a | b; }) != 0;
 }
 template <class V>
 FL_FN typename Lanes<V>::Scalar max_lanes(V v) {

@@ -97,14 +97,55 @@ FL_FN vd what_is_left(vd, vd) { return vd{}; }
 
 FL_FN double plain_nan(double x) { return x == x ? x : __builtin_nan(""); }
 
+// ---- terms ----------------------------------------------------------------------------------------------------
+// The terms are exp(x - shift), and no maximum is looked for as long as the same shift will do: nothing but overflow
+// and underflow depends on it, for a sum that is off by a power of two has the same digits. It is 0 as long as that
+// does, for then nothing is rounded; else it is the maximum, and the next row is tried with it.
+
+template <class V>
+FL_FN V shift_of(V maximum) {
+  return select<V>((maximum > -28) & (maximum < 52), V{}, maximum);
+}
+// The second try, where `shift` did not fit.
+template <class V>
+FL_FN V other_shift(V shift, V maximum) {
+  const V other = shift_of(maximum);
+  return select<V>(other == shift, maximum, other);
+}
+// Whether the sum of the others and the target's distance above the shift are numbers to reckon with. x - shift is
+// exact where x is nearer to the shift than to 0.
+template <class V>
+FL_FN auto in_range(V shift, V above, V rest) {
+  const auto zero = shift == 0;
+  return (rest >= select<V>(zero, broadcast<V>(0x1p-45), broadcast<V>(0x1p-4))) &
+         (rest <= select<V>(zero, broadcast<V>(0x1p80), broadcast<V>(0x1p16))) & (above < 60);
+}
+
+// The same relative to a power of two near the sum of all: shift + k log(2) stands for RowSums's m.
+constexpr double kLog2 = 0.69314718055994530942;
+template <class V>
+struct NearSum {
+  V k, unit;  // unit = 2^-k
+
+  NearSum(V above, V rest, bool index) {
+    const V others = exponent_of(rest);
+    k = index ? at_least(round_to_integer(above * static_cast<typename Lanes<V>::Scalar>(1 / kLog2)), others) : others;
+    unit = times_power_of_two(broadcast<V>(1), -k);
+  }
+  auto moved() const { return wide(k) * kLog2; }
+  RowSums<V> sums(V above, V rest, bool index) const {
+    return {round_once(moved() - wide(above)), index ? exp_term_scaled(above, k) : V{}, rest * unit};
+  }
+};
+
 template <class T>
 constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : static_cast<T>(-__FLT_MAX__);
 
 // ---- rows -----------------------------------------------------------------------------------------------------
 
-constexpr int kMaxBlocks = 64;
-constexpr int64_t kBlock = 1024;  // classes: the logits and exponentials of a block stay in L1
-constexpr int64_t kGroup = 8192;  // logits: those of a group of short rows stay in L2
+constexpr int64_t kBlock = 1024;     // classes: only the block that holds the target tells its term from the others
+constexpr int64_t kGroup = 8192;     // logits: those of a group of short rows stay in L2
+constexpr int64_t kPrefetch = 4096;  // logits ahead, or a group, so that memory has the time of its gradients, too
 
 // bf16 and fp16: the gradient's memory does not hold an exponential. A second, coarse one costs less than a row of
 // them in fp32, which is twice the row's size.
@@ -133,91 +174,80 @@ struct RowGroup {
   const S* logits[lanes];                  // [C]
   const S* probability[lanes];             // [C] or nullptr
   S* grad[lanes];                          // [C] exponentials where they fit, then the gradient; or nullptr
-  T maximum[lanes];                        // of the blocks seen so far; the next three are relative to it
+  T shift[lanes];                          // the row's terms are exp(x - shift); the next three go with it
   alignas(64) double rest[lanes], q_sum[lanes], q_distance[lanes];
-  alignas(64) T target_distance[lanes], weight[lanes];
+  alignas(64) T target_logit[lanes], weight[lanes];
   alignas(64) double scale[lanes], factor[lanes], at_target[lanes];
 };
 
-// The n classes from b on: the maxima.
 template <class S>
-FL_CALL void find_maxima(RowGroup<S>& rows, int64_t b, int64_t n) {
+FL_CALL typename ComputeOf<S>::T find_maximum(const S* x, int64_t n) {
   using T = typename ComputeOf<S>::T;
   using V = typename VectorOf<T>::V;
   constexpr int lanes = Lanes<V>::count;
-  for (int i = 0; i < rows.count; ++i) {
-    const S* x = rows.logits[i] + b;
-    V highest[4];
-    for (V& vector : highest) vector = broadcast<V>(lowest<T>);
-    int64_t j = 0;
-    for (; j + 4 * lanes <= n; j += 4 * lanes)
+  V highest[4];
+  for (V& vector : highest) vector = broadcast<V>(lowest<T>);
+  int64_t j = 0;
+  for (; j + 4 * lanes <= n; j += 4 * lanes)
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
-    for (; j + lanes <= n; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
-    if (j < n) highest[1] = at_least(load_part<V>(x + j, n - j, lowest<T>), highest[1]);
-    const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
-    const T before = rows.maximum[i];
-    if (b == 0) {
-      rows.maximum[i] = top > lowest<T> ? top : lowest<T>;
-    } else if (top > before) {
-      rows.rest[i] *= exp_scalar(before - top);
-      rows.q_distance[i] += rows.q_sum[i] * (static_cast<double>(top) - before);
-      rows.maximum[i] = top;
-    }
-  }
+    for (int u = 0; u < 4; ++u) highest[u] = at_least(load(x + j + u * lanes), highest[u]);
+  for (; j + lanes <= n; j += lanes) highest[0] = at_least(load(x + j), highest[0]);
+  if (j < n) highest[1] = at_least(load_part<V>(x + j, n - j, lowest<T>), highest[1]);
+  const T top = max_lanes(at_least(at_least(highest[0], highest[1]), at_least(highest[2], highest[3])));
+  return top > lowest<T> ? top : lowest<T>;
 }
 
-// The sums over them. The target's own term is kept out of `rest`.
+// The sums over the rows [first, last). The target's own term is kept out of `rest`.
 template <class S, Dense dense, bool keep>
-FL_CALL void add_terms(RowGroup<S>& rows, int64_t b, int64_t n, const DenseTarget<typename ComputeOf<S>::T>& target) {
+FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
+                       const DenseTarget<typename ComputeOf<S>::T>& target) {
   using T = typename ComputeOf<S>::T;
   using V = typename VectorOf<T>::V;
   using I = typename Lanes<V>::Int;
   using Lane = decltype(I{}[0] + 0);
   constexpr int lanes = Lanes<V>::count;
-  for (int i = 0; i < rows.count; ++i) {
-    const S* x = rows.logits[i] + b;
-    const S* t = rows.probability[i] ? rows.probability[i] + b : nullptr;
-    S* e = keep ? rows.grad[i] + b : nullptr;
-    const V top = broadcast<V>(rows.maximum[i]);
-    const int64_t own = rows.target[i] - b;
+  const int64_t next = n * rows.count, ahead_of_use = next > kPrefetch && next <= kGroup ? next : kPrefetch;
+  for (int i = first; i < last; ++i) {
+    const S* x = rows.logits[i];
+    const S* t = rows.probability[i];
+    S* e = rows.grad[i];
+    const V shift = broadcast<V>(rows.shift[i]);
     vd total_term{}, total_q{}, total_q_distance{};
     V sum{}, sum_q{}, sum_q_distance{};
 
-    const int64_t next = n * rows.count;
-    const auto sum_up = [&](auto holds_target) {
-      I ahead = lane_numbers<V>() - static_cast<Lane>(holds_target.value ? own : 0);
+    const auto sum_up = [&](auto holds_target, int64_t j, int64_t end) __attribute__((always_inline)) {
+      I ahead = lane_numbers<V>() - static_cast<Lane>(holds_target.value ? rows.target[i] - j : 0);
       const auto add = [&](V term) {
         if constexpr (holds_target.value) term = select<V>(ahead == 0, V{}, term);
         ahead += lanes;
         sum += term;
       };
-      for (int64_t j = 0; j < n;) {
+      while (j < end) {
         // Few additions in T before the sum goes on in double: in a confident row one lane holds a 1 to round at.
-        const int64_t stop = j + 4 * lanes < n ? j + 4 * lanes : n;
+        const int64_t stop = j + 8 * lanes < end ? j + 8 * lanes : end;
         for (; j + lanes <= stop; j += lanes) {
-          __builtin_prefetch(x + j + next);
-          const V distance = load(x + j) - top, term = term_of<S>(distance);
+          __builtin_prefetch(x + j + ahead_of_use);
+          const V distance = load(x + j) - shift, term = term_of<S>(distance);
           if constexpr (keep) store(e + j, term);
           add(term);
           if constexpr (dense == Dense::uniform) sum_q_distance -= distance;
           if constexpr (dense == Dense::any) {
-            const V q = target.whole(b + j, t ? t + j : nullptr);
+            const V q = target.whole(j, t ? t + j : nullptr);
             sum_q += q;
             sum_q_distance -= q * distance;
           }
         }
         if (const int64_t left = stop - j; left > 0) {
-          const V distance = load_part<V>(x + j, left, -static_cast<T>(__builtin_inf())) - top;
+          const V distance = load_part<V>(x + j, left, -static_cast<T>(__builtin_inf())) - shift;
           const V term = term_of<S>(distance);
           if constexpr (keep) store_part(e + j, left, term);
           add(term);
           if constexpr (dense != Dense::none) {
-            const V q = dense == Dense::uniform ? broadcast<V>(1) : target.part(b + j, t ? t + j : nullptr, left);
+            const V q = dense == Dense::uniform ? broadcast<V>(1) : target.part(j, t ? t + j : nullptr, left);
             sum_q += q;
             sum_q_distance -= select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(left), q * distance, V{});
           }
-          j = n;
+          j = end;
         }
         total_term += to_double_sum(sum);
         sum = V{};
@@ -231,42 +261,44 @@ FL_CALL void add_terms(RowGroup<S>& rows, int64_t b, int64_t n, const DenseTarge
         }
       }
     };
-    if (own >= 0 && own < n)
-      sum_up(Flag<true>{});
-    else
-      sum_up(Flag<false>{});
-    rows.rest[i] += sum_lanes(total_term);
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+      end = begin + kBlock < n ? begin + kBlock : n;
+      if (rows.target[i] >= begin && rows.target[i] < end)
+        sum_up(Flag<true>{}, begin, end);
+      else
+        sum_up(Flag<false>{}, begin, end);
+    }
+    rows.rest[i] = sum_lanes(total_term);
     if constexpr (dense == Dense::uniform) {
-      rows.q_sum[i] += static_cast<double>(target.smooth) * n;
-      rows.q_distance[i] += static_cast<double>(target.smooth) * sum_lanes(total_q_distance);
+      rows.q_sum[i] = static_cast<double>(target.smooth) * n;
+      rows.q_distance[i] = static_cast<double>(target.smooth) * sum_lanes(total_q_distance);
     }
     if constexpr (dense == Dense::any) {
-      rows.q_sum[i] += sum_lanes(total_q);
-      rows.q_distance[i] += sum_lanes(total_q_distance);
+      rows.q_sum[i] = sum_lanes(total_q);
+      rows.q_distance[i] = sum_lanes(total_q_distance);
     }
   }
 }
 
-// The gradient of them. `correction` multiplies exponentials that are relative to another maximum than the row's.
+// The gradient.
 template <class S, Dense dense>
-FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t b, int64_t n, double correction,
-                            const DenseTarget<typename ComputeOf<S>::T>& target) {
+FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t n, const DenseTarget<typename ComputeOf<S>::T>& target) {
   using T = typename ComputeOf<S>::T;
   using V = typename VectorOf<T>::V;
   constexpr int lanes = Lanes<V>::count;
   for (int i = 0; i < rows.count; ++i) {
-    const S* from = (is_narrow<S> ? rows.logits[i] : rows.grad[i]) + b;
-    const S* t = rows.probability[i] ? rows.probability[i] + b : nullptr;
-    S* to = rows.grad[i] + b;
-    const V top = broadcast<V>(rows.maximum[i]);
-    const double factor = plain_nan(rows.factor[i] * correction);
+    const S* from = is_narrow<S> ? rows.logits[i] : rows.grad[i];
+    const S* t = rows.probability[i];
+    S* to = rows.grad[i];
+    const V shift = broadcast<V>(rows.shift[i]);
+    const double factor = plain_nan(rows.factor[i]);
     const V high = broadcast<V>(static_cast<T>(factor));
     const V low = broadcast<V>(static_cast<T>(what_is_left(factor, high[0])));
     const V scale = broadcast<V>(static_cast<T>(plain_nan(rows.scale[i]))), same = scale * target.smooth;
     const auto gradient = [&](V term, V q) {
       V small{};
       if constexpr (is_narrow<S>)
-        term = exp_term_coarse(term - top);
+        term = exp_term_coarse(term - shift);
       else
         small = term * low;
       if constexpr (dense == Dense::uniform) small -= same;
@@ -281,16 +313,16 @@ FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t b, int64_t n, doubl
         store_two(to + j, {gradient(terms.first, V{}), gradient(terms.second, V{})});
       }
     for (; j + lanes <= n; j += lanes)
-      store(to + j, gradient(load(from + j), dense == Dense::any ? target.whole(b + j, t ? t + j : nullptr) : V{}));
+      store(to + j, gradient(load(from + j), dense == Dense::any ? target.whole(j, t ? t + j : nullptr) : V{}));
     if (const int64_t left = n - j; left > 0)
       store_part(to + j, left,
                  gradient(load_part<V>(from + j, left, 0),
-                          dense == Dense::any ? target.part(b + j, t ? t + j : nullptr, left) : V{}));
-    if (const int64_t y = rows.target[i]; y >= b && y < b + n) {
+                          dense == Dense::any ? target.part(j, t ? t + j : nullptr, left) : V{}));
+    if (const int64_t y = rows.target[i]; y >= 0) {
       double grad = rows.at_target[i];
       if constexpr (dense != Dense::none)
         grad -= rows.scale[i] * static_cast<double>(target.smooth) * (target.weight ? target.weight[y] : T{1});
-      store_one(to + y - b, static_cast<T>(grad));
+      store_one(to + y, static_cast<T>(grad));
     }
   }
 }
@@ -303,22 +335,23 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
   constexpr bool keep = want_grad && !is_narrow<S>;
 
   const int64_t classes = a.classes;
-  int64_t block = kBlock;
-  while (block * kMaxBlocks < classes) block *= 2;
   // The formulas of a row cost as much for one row as for a vector of them: short rows are taken in groups.
-  const int64_t fit = kGroup / classes, group = classes > block ? 1 : fit < lanes ? fit : lanes;
+  const int64_t fit = kGroup / classes, group = fit < 1 ? 1 : fit < lanes ? fit : lanes;
   const DenseTarget<T> target{static_cast<const T*>(a.weight),
                               static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
+  // With terms that overwrite the logits there is no second try, and sums of q (shift - x) want small distances.
+  const bool in_place = keep && a.grad == a.logits, at_maximum = dense == Dense::any;
+  T shift = 0;
   double total = 0;
 
   RowGroup<S> rows;
-  T block_maximum[kMaxBlocks];  // of the one row of a group with several blocks
   Cursor cursor(a, begin);
   for (int64_t p = begin; p < end;) {
     for (int i = 0; i < lanes; ++i) {  // harmless numbers where there is no row
-      rows.target_distance[i] = rows.weight[i] = 0;
-      rows.rest[i] = rows.q_sum[i] = rows.q_distance[i] = rows.scale[i] = 0;
+      rows.target_logit[i] = rows.weight[i] = rows.shift[i] = 0;
+      rows.rest[i] = 1;
+      rows.q_sum[i] = rows.q_distance[i] = rows.scale[i] = 0;
     }
     int i = 0;
     for (; p < end && i < group; ++p, cursor.advance(1)) {
@@ -336,33 +369,44 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       rows.grad[i] = grad;
       rows.scale[i] = a.grad_scale * (a.upstream ? load_one(static_cast<const S*>(a.upstream) + p) : 1);
       if (y >= 0) {
-        // Where the gradient overwrites the logits it is gone later.
-        rows.target_distance[i] = load_one(rows.logits[i] + y);
+        rows.target_logit[i] = load_one(rows.logits[i] + y);
         rows.weight[i] = (target.weight ? target.weight[y] : T{1}) * static_cast<T>(1 - a.label_smoothing);
       }
       ++i;
     }
     rows.count = i;
-    for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
-      const int64_t n = b + block < classes ? block : classes - b;
-      find_maxima(rows, b, n);
-      if (k < kMaxBlocks) block_maximum[k] = rows.maximum[0];
-      add_terms<S, dense, keep>(rows, b, n, target);
+
+    for (i = 0; i < rows.count; ++i) {
+      rows.shift[i] = shift;
+      if (!in_place && !at_maximum) continue;
+      const T maximum = find_maximum(rows.logits[i], classes);
+      rows.shift[i] = at_maximum ? maximum : shift_of(broadcast<V>(maximum))[0];
     }
-    for (i = 0; i < rows.count; ++i)
-      if (rows.target[i] >= 0) rows.target_distance[i] = rows.maximum[i] - rows.target_distance[i];
-    for (; i < lanes; ++i) rows.rest[i] = 1;
+    add_terms<S, dense, keep>(rows, 0, rows.count, classes, target);
+    if (!in_place && !at_maximum) {
+      const V first_shift = load(rows.shift), above = load(rows.target_logit) - first_shift;
+      const auto fits = in_range(first_shift, above, round_once(load_wide(rows.rest, V{})));
+      for (i = 0; i < rows.count; ++i) {
+        if (fits[i]) continue;
+        const V maximum = broadcast<V>(find_maximum(rows.logits[i], classes));
+        rows.shift[i] = other_shift(first_shift, maximum)[i];
+        shift = shift_of(maximum)[0];
+        add_terms<S, dense, keep>(rows, i, i + 1, classes, target);
+      }
+    }
 
     // The rows' formulas, a lane a row.
-    const auto wide_rest = load_wide(rows.rest, V{}), wide_q = load_wide(rows.q_sum, V{});
-    const V distance = load(rows.target_distance);
-    const RowSums<V> sums{distance, a.index ? exp_term(-distance) : V{}, round_once(wide_rest)};
+    const auto rest = load_wide(rows.rest, V{}), q = load_wide(rows.q_sum, V{});
+    const V above = load(rows.target_logit) - load(rows.shift), others = round_once(rest);
+    const NearSum<V> near(above, others, a.index);
+    const RowSums<V> sums = near.sums(above, others, a.index);
     RowLoss<V> loss{};
     if (a.index)
       loss = a.gamma > 0 ? softmax_focal_row(sums, load(rows.weight), a.gamma)
                          : cross_entropy_row(sums, load(rows.weight));
     auto value = wide(loss.value);
-    if constexpr (dense != Dense::none) value = value + load_wide(rows.q_distance, V{}) + wide_q * wide(log_sum(sums));
+    if constexpr (dense != Dense::none)
+      value = value + load_wide(rows.q_distance, V{}) + q * (near.moved() + wide(log_sum(sums)));
     total += sum_lanes(to_double_sum(value));
     if (a.value) {
       T lane[lanes];
@@ -371,14 +415,11 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
     }
 
     if constexpr (want_grad) {
-      const auto all = wide_rest + wide(sums.target_term), scale = load_wide(rows.scale, V{});
-      store_wide(rows.factor, (wide(loss.softmax) + wide_q) * scale / all);
-      store_wide(rows.at_target, (wide(loss.target) + wide_q * wide(sums.target_term) / all) * scale);
-      for (int64_t b = 0, k = 0; b < classes; b += block, ++k) {
-        const bool moved = keep && classes > block && block_maximum[k] != rows.maximum[0];
-        write_gradient<S, dense>(rows, b, b + block < classes ? block : classes - b,
-                                 moved ? exp_scalar(block_maximum[k] - rows.maximum[0]) : 1, target);
-      }
+      const auto unit = wide(near.unit), all = rest * unit + wide(sums.target_term);
+      const auto scale = load_wide(rows.scale, V{});
+      store_wide(rows.factor, (wide(loss.softmax) + q) * scale * unit / all);
+      store_wide(rows.at_target, (wide(loss.target) + q * wide(sums.target_term) / all) * scale);
+      write_gradient<S, dense>(rows, classes, target);
     }
   }
   return total;
@@ -520,13 +561,17 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
   double total = 0;
 
   Cursor cursor(a, begin);
+  V next_shift[vectors] = {};
+  const bool neighbours = a.logits_stride[last] == 1 && (!want_grad || a.grad_stride[last] == 1) &&
+                          (!a.probability || a.probability_stride[last] == 1);
   int64_t logits_offset[group], grad_offset[group], probability_offset[group];
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
     const bool one_run = cursor.left_in_run() >= n;
     for (int64_t i = 0; i < n;) {
       const int64_t run = cursor.left_in_run() < n - i ? cursor.left_in_run() : n - i;
-      for (int64_t k = 0; k < run; ++k) {
+      for (int64_t k = 0; k < (one_run && neighbours ? 1 : run);
+           ++k) {  // the first will do where the next is beside it
         logits_offset[i + k] = cursor.logits + k * a.logits_stride[last];
         grad_offset[i + k] = cursor.grad + k * a.grad_stride[last];
         probability_offset[i + k] = cursor.probability + k * a.probability_stride[last];
@@ -542,31 +587,38 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
     T* x = tile.get();  // [C, group] logits, exponentials, gradient
     const T* t = target_tile.get();
 
-    V highest[vectors];
-#pragma GCC unroll 4
-    for (V& vector : highest) vector = broadcast<V>(lowest<T>);
     const bool direct = logits.lies_as_tile();
-    if (!direct) logits.read(a.logits, x);
-    const T* from = direct ? static_cast<const T*>(a.logits) + logits_offset[0] : x;
+    const T* const from = direct ? static_cast<const T*>(a.logits) + logits_offset[0] : x;
     const int64_t from_pitch = direct ? a.logits_class_stride : group;
-    for (int64_t c = 0; c < classes; ++c)
+    const auto find_maxima = [&](V(&highest)[vectors]) __attribute__((noinline)) {
 #pragma GCC unroll 4
-      for (int u = 0; u < vectors; ++u) {
-        const V logit = load(from + c * from_pitch + u * lanes);
-        if (direct) store(x + c * group + u * lanes, logit);
-        highest[u] = at_least(logit, highest[u]);
-      }
+      for (V& vector : highest) vector = broadcast<V>(lowest<T>);
+      for (int64_t c = 0; c < classes; ++c)
+#pragma GCC unroll 4
+        for (int u = 0; u < vectors; ++u) highest[u] = at_least(load(from + c * from_pitch + u * lanes), highest[u]);
+    };
+    if (!direct) logits.read(a.logits, x);
+    if (dense) find_maxima(next_shift);
+    V shift[vectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; ++u) shift[u] = next_shift[u];
     if (dense && a.probability)
       columns(probability_offset, a.probability_stride[last], a.probability_class_stride)
           .read(a.probability, target_tile.get());
 
     // Targets and weights, a lane a position. A lane past the end counts as ignored.
     T index_lane[group], weight_lane[group], upstream_lane[group];
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t y = a.index ? a.index[p + i] : -1;
-      index_lane[i] = bits<T>(static_cast<Lane>(a.index && y == a.ignore_index ? -2 : y));
+    if (!a.index) {
+      for (int64_t i = 0; i < group; ++i) index_lane[i] = bits<T>(static_cast<Lane>(i < n ? -1 : -2));
+    } else if (n == group) {
+      for (int64_t i = 0; i < group; i += lanes)
+        store(index_lane + i, bits<V>(load_indices(a.index + p + i, a.ignore_index, -2, I{})));
+    } else {
+      for (int64_t i = 0; i < group; ++i) {
+        const int64_t y = i < n ? a.index[p + i] : a.ignore_index;
+        index_lane[i] = bits<T>(static_cast<Lane>(y == a.ignore_index ? -2 : y));
+      }
     }
-    for (int64_t i = n; i < group; ++i) index_lane[i] = bits<T>(static_cast<Lane>(-2));
     if (weight)
       for (int64_t i = 0; i < group; ++i) {
         const Lane y = bits<Lane>(index_lane[i]);
@@ -581,36 +633,58 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
     const int64_t to_pitch = in_place ? a.grad_class_stride : group;
     I y[vectors];
     LongSum<V> rest[vectors], q_sum[vectors], q_distance[vectors];
-    V target_distance[vectors] = {};
+    V above[vectors];  // the target's logit - shift
 #pragma GCC unroll 4
     for (int u = 0; u < vectors; ++u) y[u] = bits<I>(load(index_lane + u * lanes));
-    for (int64_t c = 0; c < classes; ++c) {
-      const T class_weight = weight ? weight[c] : T{1};
+    for (bool again = false;; again = true) {
 #pragma GCC unroll 4
       for (int u = 0; u < vectors; ++u) {
-        // Short runs far apart: no processor sees them coming. The next logits, and where this gradient will go.
-        if (direct) __builtin_prefetch(from + c * from_pitch + u * lanes + group);
-        if (in_place) __builtin_prefetch(to + c * to_pitch + u * lanes, 1);
-        const V distance = load(x + c * group + u * lanes) - highest[u], term = exp_term(distance);
-        const I is_target = y[u] == I{} + static_cast<Lane>(c);
-        if constexpr (want_grad) store(x + c * group + u * lanes, term);
-        rest[u].add(select<V>(is_target, V{}, term));
-        target_distance[u] = select<V>(is_target, distance, target_distance[u]);
-        if constexpr (dense) {
-          const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
-          q_sum[u].add(q);
-          q_distance[u].add(-q * distance);
-        }
+        rest[u] = q_sum[u] = q_distance[u] = {};
+        above[u] = V{};
       }
-      if (c % 4 == 3 || c + 1 == classes) {
+      for (int64_t c = 0; c < classes; ++c) {
+        const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
         for (int u = 0; u < vectors; ++u) {
-          rest[u].end_run();
+          // Short runs far apart: no processor sees them coming. The next logits, and where this gradient will go.
+          if (direct) __builtin_prefetch(from + c * from_pitch + u * lanes + group);
+          if (in_place) __builtin_prefetch(to + c * to_pitch + u * lanes, 1);
+          const V distance = load(from + c * from_pitch + u * lanes) - shift[u], term = exp_term(distance);
+          const I is_target = y[u] == I{} + static_cast<Lane>(c);
+          if constexpr (want_grad) store(x + c * group + u * lanes, term);
+          rest[u].add(select<V>(is_target, V{}, term));
+          above[u] = select<V>(is_target, distance, above[u]);
           if constexpr (dense) {
-            q_sum[u].end_run();
-            q_distance[u].end_run();
+            const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
+            q_sum[u].add(q);
+            q_distance[u].add(-q * distance);
           }
         }
+        if (c % 4 == 3 || c + 1 == classes) {
+#pragma GCC unroll 4
+          for (int u = 0; u < vectors; ++u) {
+            rest[u].end_run();
+            if constexpr (dense) {
+              q_sum[u].end_run();
+              q_distance[u].end_run();
+            }
+          }
+        }
+      }
+      if (dense || again) break;
+      I misfit[vectors], any{};
+#pragma GCC unroll 4
+      for (int u = 0; u < vectors; ++u) {
+        misfit[u] = ~in_range(shift[u], above[u], rest[u].total) & (y[u] != I{} - static_cast<Lane>(2));
+        any |= misfit[u];
+      }
+      if (!any_lane(any)) break;
+      if (!direct) logits.read(a.logits, x);
+      V highest[vectors];
+      find_maxima(highest);
+      for (int u = 0; u < vectors; ++u) {
+        next_shift[u] = select<V>(misfit[u], shift_of(highest[u]), shift[u]);
+        shift[u] = select<V>(misfit[u], other_shift(shift[u], highest[u]), shift[u]);
       }
     }
 
@@ -619,8 +693,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 #pragma GCC unroll 4
     for (int u = 0; u < vectors; ++u) {
       live[u] = y[u] != I{} - static_cast<Lane>(2);
-      const I indexed = y[u] >= 0;
-      const RowSums<V> sums{-target_distance[u], select<V>(indexed, exp_term(target_distance[u]), V{}), rest[u].total};
+      const NearSum<V> near(above[u], rest[u].total, a.index);
+      const RowSums<V> sums = near.sums(above[u], rest[u].total, a.index);
       const V row_weight = weight ? load(weight_lane + u * lanes) : broadcast<V>(1);
       RowLoss<V> loss{};
       if (a.index)
@@ -628,7 +702,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
                            : cross_entropy_row(sums, row_weight * static_cast<T>(1 - a.label_smoothing));
       const V inverse = 1 / (sums.rest + sums.target_term);
       V value = loss.value;
-      if constexpr (dense) value += q_distance[u].total + q_sum[u].total * log_sum(sums);
+      if constexpr (dense) value += q_distance[u].total + q_sum[u].total * (round_once(near.moved()) + log_sum(sums));
       value = select<V>(live[u], value, V{});
       total += sum_lanes(to_double_sum(value));
       if (a.value) {
@@ -642,12 +716,12 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         const V q_total = dense ? q_sum[u].total : V{};
         at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
         if constexpr (dense) {
-          const auto exact =
-              (wide(loss.softmax) + wide(q_total)) * wide(scale[u]) / (wide(sums.rest) + wide(sums.target_term));
+          const auto exact = (wide(loss.softmax) + wide(q_total)) * wide(scale[u] * near.unit) /
+                             (wide(sums.rest) + wide(sums.target_term));
           softmax[u] = round_once(exact);
           softmax_low[u] = what_is_left(exact, softmax[u]);
         } else {
-          softmax[u] = loss.softmax * inverse * scale[u];
+          softmax[u] = loss.softmax * inverse * scale[u] * near.unit;
         }
       }
     }

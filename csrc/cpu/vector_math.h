@@ -95,8 +95,8 @@ FL_FN V exp(V x) {
 }
 
 // A term of a softmax's sum is 0 where it would be no normal number, which would take a CPU a hundred cycles. Where an
-// instruction scales by 2^n whatever n is, the lanes that become 0 may hold anything till then; elsewhere x is fenced
-// in, and 2^n is a normal number.
+// instruction scales by 2^n whatever n is, the lanes that become 0 may hold anything till then, and what is too large
+// becomes infinite; elsewhere x is fenced in, and 2^n is a normal number.
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
 template <class V>
 FL_FN V fence_term(V x) {
@@ -110,7 +110,8 @@ FL_FN vf round_to_integer(vf x) { return FL_FLOAT_OP(roundscale, bits<native_vf>
 #else
 template <class V>
 FL_FN V fence_term(V x) {
-  return at_least(x, broadcast<V>(ExpConstants<V>::log_smallest_normal));
+  constexpr auto low = ExpConstants<V>::log_smallest_normal;
+  return at_most(at_least(x, broadcast<V>(low)), broadcast<V>(-low));
 }
 template <class V>
 FL_FN V scale_term(V x, V mantissa, V n) {
@@ -122,12 +123,45 @@ FL_FN V scale_term(V x, V mantissa, V n) {
 }
 FL_FN vf round_to_integer(vf x) { return (x + ExpConstants<vf>::round) - ExpConstants<vf>::round; }
 #endif
+FL_FN vd round_to_integer(vd x) { return (x + ExpConstants<vd>::round) - ExpConstants<vd>::round; }
 
-// exp(x) for x <= 0 as a term of a sum.
+// exp(x) as mantissa * 2^n.
+template <class V>
+struct Term {
+  V mantissa, n;
+};
+FL_FN Term<vd> split_term(vd x) {
+  const auto [r, n] = reduce_exp(x);
+  return {exp_reduced(r), n};
+}
+#ifdef FL_MULTIPLY_SUBTRACT
+// 2^f by a minimax fit, off by at most 1.6e-8. With fused multiply-add f = x log2(e) - n is rounded once, and what
+// log2(e) has lost as a float is added.
+FL_FN Term<vf> split_term(vf x) {
+  constexpr float log2_e = 1.44269504088896340736f, lost = 1.925963e-8f;
+  static constexpr float c[] = {1.0f,           0.69314718246f,   0.24022647738f,   0.055503323674f,
+                                0.00961843692f, 0.0013398875017f, 0.00015353361960f};
+  const vf n = round_to_integer(x * log2_e);
+  return {polynomial(c, x * lost + FL_MULTIPLY_SUBTRACT(x, broadcast<vf>(log2_e), n)), n};
+}
+#else
+FL_FN Term<vf> split_term(vf x) {
+  const auto [r, n] = reduce_exp(x);
+  return {exp_reduced(r), n};
+}
+#endif
+
 template <class V>
 FL_FN V exp_term(V x) {
-  const auto [r, n] = reduce_exp(fence_term(x));
-  return scale_term(x, exp_reduced(r), n);
+  const auto [mantissa, n] = split_term(fence_term(x));
+  return scale_term(x, mantissa, n);
+}
+// exp_term(x) / 2^k, also where exp_term(x) alone would be too large.
+template <class V>
+FL_FN V exp_term_scaled(V x, V k) {
+  const V low = broadcast<V>(ExpConstants<V>::low);
+  const auto [mantissa, n] = split_term(at_least(x, low));
+  return select<V>(x < low, V{}, times_power_of_two(mantissa, n - k));
 }
 // The same to 18 bits, for what will be rounded to the 8 of bf16 or the 11 of fp16: 2^f by a minimax fit in five terms,
 // off by at most 2.8e-6, of x log2(e) rounded once.

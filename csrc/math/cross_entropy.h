@@ -1,10 +1,10 @@
 // Losses over the softmax of a row, from what one pass over the row leaves behind.
 
-// With m the row's maximum and e_j = exp(x_j - m). The target's own term is kept apart from the others:
-// 1 - p_y = rest / (rest + e_y) then keeps its digits where p_y rounds to 1.
+// Relative to m, a number near the row's log sum of exp(x_j): e_j = exp(x_j - m). The target's own term is kept apart
+// from the others: 1 - p_y = rest / (rest + e_y) then keeps its digits where p_y rounds to 1.
 template <class V>
 struct RowSums {
-  V target_distance;  // m - x_y >= 0
+  V target_distance;  // m - x_y
   V target_term;      // e_y
   V rest;             // sum of e_j over j != y
 };
@@ -16,18 +16,26 @@ struct RowLoss {
   V target;   // ... and this for j = y
 };
 
-// log(sum of e_j). The maximum's term is exactly 1, so the sum is 1 + something; where the target holds the
-// maximum, that something is `rest`, with all its digits.
+// log(sum of e_j), for a sum of about 1: e_y - 1 is exact where e_y is most of it.
 template <class V>
 FL_FN V log_sum(RowSums<V> row) {
   return log1p(select<V>(row.target_term >= 1, row.rest + (row.target_term - 1), row.rest - 1 + row.target_term));
+}
+
+// -log p_y. Where the target holds most of the sum it is log1p(rest / e_y), with all the digits of `rest`; elsewhere
+// log sum + m - x_y, both positive.
+template <class V>
+FL_FN V negative_log(RowSums<V> row) {
+  const auto holds = row.target_term > row.rest;
+  return log1p(select<V>(holds, row.rest / row.target_term, row.rest - 1 + row.target_term)) +
+         select<V>(holds, V{}, row.target_distance);
 }
 
 // Cross entropy with a class index:  value = w_y (log sum + m - x_y),  grad = w_y (p_j - 1_y).
 template <class V>
 FL_FN RowLoss<V> cross_entropy_row(RowSums<V> row, V weight) {
   const V inverse = 1 / (row.rest + row.target_term);
-  return {weight * (log_sum(row) + row.target_distance), weight, -weight * row.rest * inverse};
+  return {weight * negative_log(row), weight, -weight * row.rest * inverse};
 }
 
 // q^gamma, for the customary exponents without a logarithm.
@@ -44,7 +52,7 @@ FL_FN RowLoss<V> softmax_focal_row(RowSums<V> row, V alpha, double gamma) {
   const V sum = row.rest + row.target_term;
   // q is raised to a power, which multiplies its error: take it from the smaller of the two terms.
   const V p = row.target_term / sum, q = select<V>(row.target_term < row.rest, 1 - p, row.rest / sum);
-  const V nll = log_sum(row) + row.target_distance;
+  const V nll = negative_log(row);
   const V focus = alpha * focusing_factor(q, gamma);
   // nll / q -> 1 as q -> 0
   const V ratio = select<V>(q > 0, nll / q, broadcast<V>(1));
