@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "torch/kept_memory.h"
 
 #ifndef FUSED_LOSSES_CUDA_ARCHS
 #define FUSED_LOSSES_CUDA_ARCHS ""
@@ -49,5 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("y"), py::arg("parameter") = 0.0,
         "y[i] = function(x[i]) by the vector functions of the level in use: exp, log, log1p, log1p_unit, odds, sqrt, "
         "pow.");
+  m.def("release_kept_memory", &release_kept_memory, "Gives the memory kept for gradients back to the system.");
   cpu::kernels();  // a wrong FUSED_LOSSES_CPU_LEVEL is an error here, not at the first loss
 }

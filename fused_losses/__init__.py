@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import detection, functional
+from ._memory import release_memory
 from .adapters import register_adapter
 from .bce import BCELoss, BCEWithLogitsLoss
 from .cross_entropy import CrossEntropyLoss
@@ -27,5 +28,6 @@ __all__ = [
     "functional",
     "patch_torch",
     "register_adapter",
+    "release_memory",
     "replace_criterion",
 ]

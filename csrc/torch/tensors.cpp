@@ -5,9 +5,7 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "torch/kept_memory.h"
 
 namespace fused_losses {
 
@@ -26,29 +24,30 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::f32;
 }
 
-// A large gradient is new memory on every step, and its page faults cost more than the arithmetic: huge pages are
-// one fault for 512.
-static void advise_huge_pages([[maybe_unused]] const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2u << 20;
-  const uintptr_t bytes = tensor.numel() * tensor.element_size();
-  if (bytes < 2 * page || !tensor.is_cpu()) return;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-  const uintptr_t begin = (data + page - 1) / page * page, end = (data + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#endif
+static int64_t bytes_of(Sizes sizes, Sizes strides, int32_t dtype) {
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return 0;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  const bool f64 = dtype == aoti_torch_dtype_float64(),
+             half = dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16();
+  return (last + 1) * (f64 ? 8 : half ? 2 : 4);
 }
 
 static Tensor empty_as(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& like) {
   int32_t device_type, device_index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  if (device_type == aoti_torch_device_type_cpu()) {
+    const int64_t bytes = bytes_of(sizes, strides, dtype);
+    if (bytes >= kLargeBytes)
+      if (const auto tensor = tensor_in_kept_memory(sizes, strides, dtype, bytes)) return *tensor;
+  }
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, device_type, device_index, &handle));
-  const Tensor tensor(handle);
-  advise_huge_pages(tensor);
-  return tensor;
+  return Tensor(handle);
 }
 
 Tensor empty(Sizes sizes, Sizes strides, const Tensor& like) {
@@ -83,9 +82,7 @@ Tensor empty_compute(Sizes sizes, const Tensor& like) {
 
 Tensor empty_in_order(const Tensor& like) {
   if (like.is_contiguous()) return empty(like.sizes(), like.strides(), like);
-  const Tensor tensor = torch::stable::empty_like(like);
-  advise_huge_pages(tensor);
-  return tensor;
+  return torch::stable::empty_like(like);
 }
 
 Tensor scalar(double value, const Tensor& like, bool wide) {
