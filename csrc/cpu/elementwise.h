@@ -179,7 +179,7 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
   const ElementwiseParams<T> params = given_params;
   alignas(64) T exponential[kTile];  // exp(-|x|)
   if constexpr (Loss::on_logits)
-    for (int64_t i = 0; i < n; i += lanes) store(exponential + i, exp(-magnitude(load(tile.input + i))));
+    for (int64_t i = 0; i < n; i += lanes) store(exponential + i, exp_minus_magnitude(load(tile.input + i)));
   vd total{};
   V partial{};
   int pending = 0;
@@ -248,6 +248,19 @@ FL_CALL double indexed_tile(const Tile<T>& tile, const IndexTile<T>& index, int6
   return sum;
 }
 
+// The longest tile of whole rows and whole vectors, or the longest there is.
+FL_FN int64_t tile_length(const ElementwiseArgs& a, int64_t lanes) {
+  for (int64_t length = kTile; length > 0; length -= lanes)
+    if (length % a.size[a.ndim - 1] == 0) return length;
+  return kTile;
+}
+// Whether an operand is the same row over and over, and so the same in every tile of whole rows.
+FL_FN bool repeats(const ElementwiseArgs& a, const Operand& operand, int64_t length) {
+  bool same = !operand.linear && length % a.size[a.ndim - 1] == 0;
+  for (int d = 0; d + 1 < a.ndim; ++d) same &= operand.stride[d] == 0;
+  return same;
+}
+
 template <class T>
 static double elementwise_range(const ElementwiseArgs& a, int64_t begin, int64_t end, TileLoops<T> loops) {
   constexpr int lanes = Lanes<typename VectorOf<T>::V>::count;
@@ -257,15 +270,20 @@ static double elementwise_range(const ElementwiseArgs& a, int64_t begin, int64_t
   const bool indexed = a.index.code, split = indexed && negative == 0 && loops.negative;
   alignas(64) T buffer[9][kTile];
   IndexTile<T> index_tile(indexed, negative);
+  const int64_t length = tile_length(a, lanes);
+  const auto stage_again = [&](const Position& at, const Operand& operand, int64_t n, T* tile) -> const T* {
+    if (operand.data && at.linear != begin && repeats(a, operand, length)) return tile;
+    return stage(a, at, operand, n, tile);
+  };
   double sum = 0;
-  for (int64_t start = begin; start < end; start += kTile) {
-    const int64_t n = end - start < kTile ? end - start : kTile;
+  for (int64_t start = begin; start < end; start += length) {
+    const int64_t n = end - start < length ? end - start : length;
     const Position at(a, start);
     if (indexed) stage_index(a, at, n, index_tile);
     const Tile<T> tile{
         stage(a, at, a.input, n, buffer[0]),       indexed ? index_tile.target : stage(a, at, a.target, n, buffer[1]),
-        stage(a, at, a.weight, n, buffer[2]),      stage(a, at, a.pos_weight, n, buffer[3]),
-        stage(a, at, a.alpha, n, buffer[4]),       stage(a, at, a.upstream, n, buffer[5]),
+        stage_again(at, a.weight, n, buffer[2]),   stage_again(at, a.pos_weight, n, buffer[3]),
+        stage_again(at, a.alpha, n, buffer[4]),    stage(a, at, a.upstream, n, buffer[5]),
         destination(at, a.value, buffer[6]),       destination(at, a.grad, buffer[7]),
         destination(at, a.probability, buffer[8]), indexed};
     const int64_t whole = n / lanes * lanes, rest = n - whole;

@@ -163,7 +163,13 @@ FL_FN V exp_term_scaled(V x, V k) {
   const auto [mantissa, n] = split_term(at_least(x, low));
   return select<V>(x < low, V{}, times_power_of_two(mantissa, n - k));
 }
-// The same to 18 bits, for what will be rounded to the 8 of bf16 or the 11 of fp16: 2^f by a minimax fit in five terms,
+// exp(-|x|), for sigmoids, with its subnormal numbers: x is fenced in below where it is 0.
+template <class V>
+FL_FN V exp_minus_magnitude(V x) {
+  const auto [mantissa, n] = split_term(at_least(-magnitude(x), broadcast<V>(ExpConstants<V>::low)));
+  return times_power_of_two(mantissa, n);
+}
+// exp_term to 18 bits, for what will be rounded to the 8 of bf16 or the 11 of fp16: 2^f by a minimax fit in five terms,
 // off by at most 2.8e-6, of x log2(e) rounded once.
 FL_FN vf exp_term_coarse(vf x) {
   static constexpr float c[] = {1.0f, 0.69312417507f, 0.24024099112f, 0.055906426162f, 0.0095828529447f};
@@ -225,7 +231,7 @@ FL_FN V log1p(V x) {
 FL_FN vf log1p_unit(vf e) {
   static constexpr float c[] = {0.9999999947f,  -0.4999989265f, 0.333297105f,    -0.2495161626f, 0.1966327426f,
                                 -0.1526966707f, 0.105436238f,   -0.05637361283f, 0.01954252726f, -0.003176057018f};
-  return e * polynomial(c, e);
+  return e * polynomial_by_halves(c, e);
 }
 FL_FN vd log1p_unit(vd e) { return log1p(e); }
 
