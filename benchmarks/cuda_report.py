@@ -40,9 +40,13 @@ class Kernel:
     stores: int = 0  # and to global memory
 
     @property
+    def dtypes(self) -> list[str]:
+        """Of the input, and of the loss where that may differ."""
+        return [DTYPES[word] for word in re.findall(r"\w+", self.name.partition("<")[2]) if word in DTYPES]
+
+    @property
     def dtype(self) -> str:
-        found = [DTYPES[word] for word in re.findall(r"\w+", self.name.partition("<")[2]) if word in DTYPES]
-        return found[0] if found else ""
+        return self.dtypes[0] if self.dtypes else ""
 
     @property
     def family(self) -> str:
@@ -63,6 +67,8 @@ class Kernel:
                 said.append(pair[word == "true"])
             else:
                 said.append(f"{word} a lane" if base == "softmax_lanes_kernel" else word)
+        if len(set(self.dtypes)) > 1:
+            said.append(f"{self.dtypes[1]} loss")
         return " ".join([base.removesuffix("_kernel"), f"({', '.join(said)})" if said else ""]).strip()
 
 
@@ -91,14 +97,13 @@ def demangle(names: list[str]) -> list[str]:
     ]
 
 
-def compiled(source: Path, architecture: str, folder: Path, kind: str) -> tuple[Path, str]:
-    """The file of that kind, and what the compiler said. Every warning is an error."""
+def compiled(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
+    """The cubin, beside the PTX it is made of, and what the compiler said. Every warning is an error."""
     number = architecture.replace(".", "")
-    code = f"compute_{number}" if kind == "ptx" else f"sm_{number}"
-    target = folder / f"{source.stem}.{kind}"
-    command = [nvcc() or "nvcc", "-std=c++17", "-O2", "-DNDEBUG", "-I", str(ROOT / "csrc"), f"-{kind}"]
-    command += [flag for flag in WARNINGS if kind != "ptx" or not flag.startswith("-Xptxas")]
-    command += [f"-gencode=arch=compute_{number},code={code}", "-o", str(target), str(source)]
+    target = folder / f"{source.stem}.cubin"
+    command = [nvcc() or "nvcc", "-std=c++17", "-O2", "-DNDEBUG", "-I", str(ROOT / "csrc"), "-cubin", *WARNINGS]
+    command += ["--keep", "--keep-dir", str(folder)]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} for {architecture}: {done.stdout}{done.stderr}")
@@ -106,15 +111,15 @@ def compiled(source: Path, architecture: str, folder: Path, kind: str) -> tuple[
 
 
 def kernels(source: Path, architecture: str, folder: Path) -> list[Kernel]:
-    _, said = compiled(source, architecture, folder, "cubin")
+    cubin, said = compiled(source, architecture, folder)
     found = re.findall(
         r"Compiling entry function '(\S+)' for .*?\n.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
         said,
         re.DOTALL,
     )
-    ptx, _ = compiled(source, architecture, folder, "ptx")
-    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx.read_text(), re.DOTALL))
+    ptx = cubin.with_suffix(".ptx").read_text()
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.DOTALL))
     result = []
     names = demangle([entry[0] for entry in found])
     for name, (mangled, stack, stored, loaded, registers) in zip(names, found, strict=True):
@@ -175,7 +180,7 @@ def instructions_an_element(architecture: str) -> dict[str, float]:
         return result
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            cubin, _ = compiled(source, architecture, Path(folder), "cubin")
+            cubin, _ = compiled(source, architecture, Path(folder))
             sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
             found = list(loops(sass))
             for name, (_, opcodes) in zip(demangle([name for name, _ in found]), found, strict=True):
@@ -217,7 +222,7 @@ def table(architecture: str) -> str:
         (name, value)
         for name, value in sorted(counted.items())
         if re.search(
-            r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16)>|block_kernel<(float|bf16), false, true",
+            r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16), \w+>|block_kernel<(float|bf16), \w+, false, true",
             name,
         )
     ]

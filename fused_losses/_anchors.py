@@ -54,7 +54,7 @@ def evaluate_anchors(
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
     if autocasting(input):
-        input = _checks.autocast(input)
+        loss, input = under_autocast(loss, input)
         with torch.autocast(input.device.type, enabled=False):
             return evaluate_anchors(
                 loss,
@@ -111,7 +111,8 @@ def evaluate_anchors(
     }
     tensors = (main, scores, *weights.values(), factor)
     options = (divisor, *index, dim, alpha_positive, alpha_negative, float(gamma), detach_weight, code)
-    if not _checks.reachable(input, *tensors) or (anchors is None and main.dtype != input.dtype):
+    fits = anchors is not None or main.dtype == input.dtype or (loss.wide and main.dtype is torch.float32)
+    if not _checks.reachable(input, *tensors) or not fits:
         value = loss.reference(input, *tensors, *options)
         return (value, input.detach().sigmoid()) if return_probabilities else value
     stored = code != _checks.NONE and input.dtype != torch.float16
@@ -135,6 +136,15 @@ def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
 def autocasting(input: Tensor) -> bool:
     kind = input.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def under_autocast(loss: LossOps, input: Tensor) -> tuple[LossOps, Tensor]:
+    """What takes their places where autocast is switched off: the loss of float16 and bfloat16 is float32."""
+    if input.dtype not in _checks.HALVES:
+        return loss, input
+    if torch.compiler.is_compiling():  # a traced op is known by its name alone
+        return loss, input.float()
+    return loss.widened, input
 
 
 def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None, float]:

@@ -41,14 +41,15 @@ class LossOps:
     backward: Callable[..., Tensor]
     backward_: Callable[..., None]
     reference: Callable[..., Tensor]
+    wide: bool = False  # see `widened`
 
     @cached_property
     def widened(self) -> LossOps:
-        """The same with a float32 loss, as autocast has it, beside a gradient in the input's dtype. "mean" and
-        "sum" on a CPU; the other tensors may have dtypes of their own."""
+        """The same with a float32 loss, as autocast has it, beside a gradient in the input's dtype, fp16 or bf16. A
+        dense target may be float32, too."""
 
         def wide(op: Any) -> Any:
-            return lambda *args: op(*args, True)
+            return lambda *args, **keywords: op(*args, True, **keywords)
 
         return LossOps(
             self.name,
@@ -58,6 +59,7 @@ class LossOps:
             wide(self.backward),
             wide(self.backward_),
             lambda input, *rest: self.reference(input.float(), *rest),
+            wide=True,
         )
 
     @staticmethod
@@ -76,17 +78,21 @@ def register_fakes(name: str, reference: Callable[..., Tensor]) -> None:
     """The shapes, strides and dtypes that the five ops return, for what traces a program without running it."""
     schema = getattr(torch.ops.fused_losses, name).default._schema
     names = [argument.name for argument in schema.arguments]
-    reduction = names.index("reduction")
+    reduction, wide = names.index("reduction"), names.index("wide")
 
     def value(input: Tensor, *rest: Any) -> Tensor:
         devices = {tensor.device for tensor in (input, *rest) if isinstance(tensor, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"{name}: expected all tensors on one device, not on {devices}")
-        if (input, *rest)[reduction] != 0:
-            wide = dict(zip(names, (input, *rest), strict=False)).get("wide")
-            return input.new_empty((), dtype=torch.float32 if wide else input.dtype)
-        elements = reference(input, *rest)
-        return torch.empty_like(input) if elements.shape == input.shape else input.new_empty(elements.shape)
+        arguments = (input, *rest)
+        wider = any(arguments[wide : wide + 1]) and input.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if wider else input.dtype
+        if arguments[reduction] != 0:
+            return input.new_empty((), dtype=dtype)
+        elements = reference(*arguments[:wide])
+        if elements.shape == input.shape:
+            return torch.empty_like(input, dtype=dtype)
+        return input.new_empty(elements.shape, dtype=dtype)
 
     def gradient(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
         return torch.empty_like(input)

@@ -13,6 +13,7 @@ from typing import Any
 
 import plain
 import pytest
+import test_autocast as autocast
 import test_pairwise
 import torch
 import torch.nn.functional as torch_functional
@@ -413,6 +414,15 @@ def test_distribution_focal(shape: tuple[int, ...], layout: str, dtype: torch.dt
     by_factor = F.distribution_focal_loss(leaf, target, avg_factor=torch.tensor(2.5))
     total = F.distribution_focal_loss(leaf, target, reduction="sum")
     torch.testing.assert_close(by_factor, total / 2.5, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", autocast.HALVES)
+@pytest.mark.parametrize("others", ["own", "float32"])
+def test_autocast(dtype: torch.dtype, others: str) -> None:
+    shapes = [(1100, 9), (3, 1100), (70, 17, 5)]  # a kernel's each
+    autocast.check_everything(dtype, torch.float32 if others == "float32" else dtype, shapes)
+    if others == "own":
+        autocast.check_loss_scale(dtype)
 
 
 @pytest.mark.parametrize("wrong", [15.5, -0.5, math.nan])

@@ -29,8 +29,8 @@ ElementwiseOptions options(const OptionalTensor& scores, const OptionalTensor& w
                            const OptionalTensor& alpha, const OptionalTensor& avg_factor, double divisor,
                            double positive, double negative, int64_t background, int64_t ignore_index,
                            int64_t class_dim, double alpha_positive, double alpha_negative, double gamma,
-                           bool detach_weight, int64_t reduction, const OptionalTensor& probability) {
-  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, false);
+                           bool detach_weight, int64_t reduction, bool wide, const OptionalTensor& probability) {
+  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, wide);
   all.head = true;
   all.scores = scores;
   all.alpha = alpha;
@@ -74,7 +74,7 @@ using Plain = FiveOps<loss, OptionalTensor, OptionalTensor, double, double, doub
 template <Elementwise loss>
 using Anchors =
     FiveOps<loss, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double, double,
-            double, int64_t, int64_t, int64_t, double, double, double, bool, int64_t, OptionalTensor>;
+            double, int64_t, int64_t, int64_t, double, double, double, bool, int64_t, bool, OptionalTensor>;
 
 }  // namespace
 
@@ -88,7 +88,7 @@ using Anchors =
   "Tensor target, Tensor? scores, Tensor? weight, Tensor? pos_weight, Tensor? alpha, Tensor? avg_factor, " \
   "float divisor, float positive, float negative, int background, int ignore_index, int class_dim, "       \
   "float alpha_positive, float alpha_negative, float gamma, bool detach_weight, int reduction, "           \
-  "*, Tensor(b!)? probability=None)"
+  "bool wide=False, *, Tensor(b!)? probability=None)"
 
 #define DEFINE_FIVE(name, SCHEMA)                                              \
   m.def(name "(Tensor input, " SCHEMA " -> Tensor");                           \
