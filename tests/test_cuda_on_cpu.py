@@ -379,16 +379,20 @@ def test_a_label_out_of_range_stops_the_kernel(label: int) -> None:
         F.sigmoid_focal_loss(torch.randn(300, 3), IndexTarget(labels))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
-def test_quality_focal_and_varifocal(gamma: float) -> None:
-    logits, target = torch.randn(65, 33) * 3, torch.rand(65, 33)
+def test_quality_focal_and_varifocal(gamma: float, dtype: torch.dtype) -> None:
+    logits, target = (torch.randn(65, 33).double() * 3).to(dtype), torch.rand(65, 33).to(dtype)
     target[target < 0.5] = 0
     for ours, theirs, options in (
         (F.quality_focal_loss, plain.quality_focal_loss, {"beta": gamma}),
         (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma}),
         (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma, "detach_weight": True}),
     ):
-        assert_accurate(ours, theirs, logits, cancels=True, value_cancels=True, target=target, **options)
+        for reduction in ("mean", "none"):
+            options["reduction"] = reduction
+            assert_accurate(ours, theirs, logits, cancels=True, value_cancels=True, target=target, **options)
+            assert_accurate(ours, theirs, logits, target=target.round(), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
