@@ -101,8 +101,8 @@ def compiled(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
     """The cubin, beside the PTX it is made of, and what the compiler said. Every warning is an error."""
     number = architecture.replace(".", "")
     target = folder / f"{source.stem}.cubin"
-    command = [nvcc() or "nvcc", "-std=c++17", "-O2", "-DNDEBUG", "-I", str(ROOT / "csrc"), "-cubin", *WARNINGS]
-    command += ["--keep", "--keep-dir", str(folder)]
+    command = [nvcc() or "nvcc", "-std=c++17", "-O2", "-DNDEBUG", "-I", str(ROOT / "csrc")]
+    command += ["-cubin", "--keep", "--keep-dir", str(folder), *WARNINGS]
     command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

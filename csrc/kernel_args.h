@@ -36,7 +36,7 @@ struct LabelArgs {
 
 struct ElementwiseArgs {
   Elementwise loss;
-  DType value_dtype;        // of the loss and its upstream gradient: the input's, or (autocast) f32 beside a narrower one
+  DType value_dtype;        // of the loss and its upstream gradient: the input's, or f32 beside a narrower one
   int ndim;                 // of the common shape, collapsed; the last dimension runs fastest
   int64_t size[kMaxDims];   //
   Operand input;            // [...]

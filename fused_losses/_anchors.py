@@ -27,7 +27,7 @@ def anchor_ops(name: str, elementwise: reference.Elementwise) -> LossOps:
         in_words = (*arguments[:-1], _checks.REDUCTION_NAMES[arguments[-1]])
         return reference.anchors(elementwise, *in_words)
 
-    return LossOps.of(f"{name}_anchors", in_plain_torch)
+    return LossOps.of(f"{name}_anchors", in_plain_torch, writes_probability=True)
 
 
 def evaluate_anchors(
@@ -126,11 +126,8 @@ def evaluate_anchors(
 
 
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
-    forms: dict[str, Any] = {
-        name: partial(getattr(loss, name), probability=probabilities)
-        for name in ("forward", "train", "train_")
-    }
-    return dataclasses.replace(loss, **forms)
+    forward, train, train_ = (partial(form, probability=probabilities) for form in loss.writing)
+    return dataclasses.replace(loss, forward=forward, train=train, train_=train_)
 
 
 def autocasting(input: Tensor) -> bool:

@@ -175,7 +175,8 @@ def train_each(criteria: dict[str, nn.Module], rank: int, folder: str, done: Any
     seen = {name: train(criterion) for name, criterion in criteria.items()}
     if rank == 0:
         torch.save(seen, f"{folder}/seen.pt")
-    done.wait(PATIENCE)  # one that closes its connections early may end the other: "Connection closed by peer"
+    # One that closes its connections early may end the other: "Connection closed by peer".
+    done.wait(PATIENCE)
     torch.distributed.destroy_process_group()
 
 

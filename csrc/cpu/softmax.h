@@ -633,7 +633,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       }
     if (a.upstream)
       for (int64_t i = 0; i < group; ++i)
-        upstream_lane[i] = i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(a.value_dtype, a.upstream, p + i)) : T{0};
+        upstream_lane[i] =
+            i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(a.value_dtype, a.upstream, p + i)) : T{0};
 
     const bool in_place = want_grad && grad.lies_as_tile();
     T* to = in_place ? static_cast<T*>(a.grad) + grad_offset[0] : x;

@@ -145,8 +145,9 @@ cudaError_t distribution_focal(const DistributionArgs& d, const DistributionBuff
   return for_dtype(d.rows.dtype, [&](auto type) {
     using S = decltype(type);
     using Wide = typename ComputeOf<S>::T;
-    return launch(wide ? distribution_focal_kernel<S, Wide> : distribution_focal_kernel<S, S>, static_cast<unsigned>(distribution_focal_blocks(d)),
-                  kThreads, 1, kThreads / kWarp * sizeof(double), stream, d, b, lanes_for(d.rows.classes));
+    return launch(wide ? distribution_focal_kernel<S, Wide> : distribution_focal_kernel<S, S>,
+                  static_cast<unsigned>(distribution_focal_blocks(d)), kThreads, 1, kThreads / kWarp * sizeof(double),
+                  stream, d, b, lanes_for(d.rows.classes));
   });
 }
 

@@ -315,8 +315,7 @@ bool can_pack(const Operand& operand) {
 template <class Loss, class S, class O = S>
 cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
   bool packed = true;
-  for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability})
-    packed &= can_pack(*o);
+  for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability}) packed &= can_pack(*o);
   const auto blocks = static_cast<unsigned>(elementwise_blocks(count));
   constexpr size_t shared = kThreads / kWarp * sizeof(double);
   bool plain = !a.index.code && !b.avg_factor;

@@ -13,8 +13,8 @@
 // What it takes to move that at the memory's speed: loads in flight (asynchronous copies of a whole row's share, or
 // several loads of a thread before the first is used), and, for 16-bit logits, less than 30 instructions an element.
 //
-// S is what logits and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S, as
-// autocast has it. O decides how precise the loss's terms are; beside a float O soft targets may be float, too.
+// S is what logits and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S,
+// as autocast has it. O decides how precise the loss's terms are; beside a float O soft targets may be float, too.
 //
 // The mean's denominator is counted on the device: by every block for few targets (they are in L2 after the first),
 // else by a launch of its own. Nothing is allocated here and the host waits for nothing.
@@ -521,9 +521,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
     SoftTarget<S, O> t;
     if (dense && a.probability) t = {a, offset_of(a, a.probability_stride, p)};
     const RowTarget<T> target = row_target<S>(a, p, x);
-    const auto q_of = [&](int64_t j) -> T {
-      return dense ? weights.q(j, t.at(j * a.probability_class_stride)) : T{0};
-    };
+    const auto q_of = [&](int64_t j) -> T { return dense ? weights.q(j, t.at(j * a.probability_class_stride)) : T{0}; };
     const int64_t y = target.y;
     // Classes j, j + 1, ...: their loads do not wait for each other.
     const auto load = [&](int64_t j, T(&wide)[kChunk], T(&q)[kChunk]) {
@@ -604,11 +602,11 @@ cudaError_t launch_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const 
       return with(std::integral_constant<int, most>{});
     }
     case SoftmaxKernel::staged:
-      return launch(softmax_block_kernel<S, O, dense, true>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
-                    a, b);
+      return launch(softmax_block_kernel<S, O, dense, true>, plan.blocks, plan.threads, plan.cluster, plan.shared,
+                    stream, a, b);
     case SoftmaxKernel::reread:
-      return launch(softmax_block_kernel<S, O, dense, false>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
-                    a, b);
+      return launch(softmax_block_kernel<S, O, dense, false>, plan.blocks, plan.threads, plan.cluster, plan.shared,
+                    stream, a, b);
     case SoftmaxKernel::columns: break;
   }
   return launch(softmax_columns_kernel<S, O, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b);

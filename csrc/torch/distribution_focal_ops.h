@@ -39,7 +39,8 @@ void backward_(Tensor upstream, Tensor logits, Tensor target, OPTION_PARAMETERS)
 
 }  // namespace
 
-#define OPTION_SCHEMA "Tensor target, Tensor? weight, Tensor? avg_factor, float divisor, int reduction, bool wide=False)"
+#define OPTION_SCHEMA \
+  "Tensor target, Tensor? weight, Tensor? avg_factor, float divisor, int reduction, bool wide=False)"
 #define FUSED_LOSSES_DEFINE_DISTRIBUTION_FOCAL(m)                                                  \
   m.def("distribution_focal(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \
   m.def("distribution_focal_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");           \
