@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,7 @@ def demangle(names: list[str]) -> list[str]:
     ]
 
 
+@cache
 def compiled(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
     """The cubin, beside the PTX it is made of, and what the compiler said. Every warning is an error."""
     number = architecture.replace(".", "")
@@ -140,13 +142,9 @@ def kernels(source: Path, architecture: str, folder: Path) -> list[Kernel]:
     return result
 
 
-def every_kernel(architecture: str) -> list[Kernel]:
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            kernel
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-            for kernel in kernels(source, architecture, Path(folder))
-        ]
+def every_kernel(architecture: str, folder: Path) -> list[Kernel]:
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return [kernel for source in sources for kernel in kernels(source, architecture, folder)]
 
 
 # -- SASS ------------------------------------------------------------------------------------------------------
@@ -172,35 +170,34 @@ def loops(sass: str) -> Iterator[tuple[str, list[str]]]:
                 yield name, opcodes[begin:end]
 
 
-def instructions_an_element(architecture: str) -> dict[str, float]:
+def instructions_an_element(architecture: str, folder: Path) -> dict[str, float]:
     """For each kernel that stores 16 bytes in a loop: the instructions of its loops, an element."""
     tool = nvdisasm()
     result: dict[str, float] = {}
     if tool is None:
         return result
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            cubin, _ = compiled(source, architecture, Path(folder))
-            sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-            found = list(loops(sass))
-            for name, (_, opcodes) in zip(demangle([name for name, _ in found]), found, strict=True):
-                stores = sum(opcode.startswith("STG.E.128") for opcode in opcodes)
-                loads = sum(opcode.startswith(("LDS.128",)) for opcode in opcodes)
-                size = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}.get(Kernel(name, 0, 0, 0).dtype, 0)
-                packs = stores or (loads if "softmax_block" in name and "MUFU.EX2" in opcodes else 0)
-                if packs and size:
-                    key = f"{name} {'out' if stores else 'in'}"
-                    # of several loops the unrolled one
-                    result[key] = min(result.get(key, 1e9), len(opcodes) / packs / size)
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        cubin, _ = compiled(source, architecture, folder)
+        sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        found = list(loops(sass))
+        for name, (_, opcodes) in zip(demangle([name for name, _ in found]), found, strict=True):
+            stores = sum(opcode.startswith("STG.E.128") for opcode in opcodes)
+            loads = sum(opcode.startswith(("LDS.128",)) for opcode in opcodes)
+            size = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}.get(Kernel(name, 0, 0, 0).dtype, 0)
+            packs = stores or (loads if "softmax_block" in name and "MUFU.EX2" in opcodes else 0)
+            if packs and size:
+                key = f"{name} {'out' if stores else 'in'}"
+                # of several loops the unrolled one
+                result[key] = min(result.get(key, 1e9), len(opcodes) / packs / size)
     return result
 
 
 # -- the page --------------------------------------------------------------------------------------------------
 
 
-def table(architecture: str) -> str:
+def table(architecture: str, folder: Path) -> str:
     families: dict[str, dict[str, Kernel]] = {}
-    for kernel in every_kernel(architecture):
+    for kernel in every_kernel(architecture, folder):
         families.setdefault(kernel.family, {})[kernel.dtype] = kernel
     lines = [
         f"For sm_{architecture.replace('.', '')}, by {version()}. A column with four numbers: fp32, bf16, fp16, fp64.",
@@ -217,7 +214,7 @@ def table(architecture: str) -> str:
 
         cells = [column(field) for field in ("registers", "stack", "spills", "loads", "copies", "stores")]
         lines.append(f"| {family} | {' | '.join(cells)} |")
-    counted = instructions_an_element(architecture)
+    counted = instructions_an_element(architecture, folder)
     shown = [
         (name, value)
         for name, value in sorted(counted.items())
@@ -254,7 +251,8 @@ def main() -> None:
     options = parser.parse_args()
     if nvcc() is None:
         sys.exit("cuda_report.py: there is no nvcc in PATH or /usr/local/cuda/bin, or in CUDA_HOME's bin")
-    made = table(options.architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        made = table(options.architecture, Path(folder))
     if not options.write:
         print(made)
         return

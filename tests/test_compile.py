@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
 from cases import CASES, IN_PLACE_CASES, Case
@@ -108,7 +109,7 @@ def test_fake_strides_are_the_real_ones(case: Case, reduction: str, autocast: bo
         if rest[target].shape == data.shape:
             rest[target] = arrange(rest[target])
         with OpCalls() as seen:
-            with torch.autocast(logits.device.type, torch.bfloat16, enabled=autocast):
+            with cases.autocast(enabled=autocast):
                 loss = case.ours(logits.detach().requires_grad_(), **rest, reduction=reduction)
             loss.sum().backward()
         assert seen.calls

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import plain
 import pytest
 import torch
@@ -128,7 +129,7 @@ def check(
         return call
 
     def indexed(input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, torch.bfloat16, enabled=autocast):
+        with cases.autocast(enabled=autocast):
             result: Tensor = ours(input, target, reduction=reduction, class_dim=class_dim, **options)
         return result
 
@@ -764,7 +765,7 @@ def test_what_the_kernels_do_not_reach() -> None:
     target = IndexTarget(labels, torch.rand(33))
     for function in (f for f, _, _ in LOSSES.values()):
         expected = function(logits, target, reduction="mean")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with cases.autocast():
             torch.testing.assert_close(function(logits, target, reduction="mean"), expected)
         compiled = torch.compile(lambda x, f=function: f(x, target, reduction="mean"), backend="eager")
         torch.testing.assert_close(compiled(logits), expected)
@@ -782,7 +783,7 @@ def test_autocast(name: str) -> None:
     ours = LOSSES[name][0]
     logits, labels = torch.randn(50, 80).bfloat16().requires_grad_(), draw_labels((50,), 80)
     wide = logits.detach().float().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16), LargeTensors(50 * 80) as large:
+    with cases.autocast(), LargeTensors(50 * 80) as large:
         loss = ours(logits, IndexTarget(labels), reduction="mean")
     assert large.found == [50 * 80]  # the gradient
     expected = ours(wide, IndexTarget(labels), reduction="mean")
