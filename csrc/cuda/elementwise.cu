@@ -76,12 +76,25 @@ __device__ __forceinline__ typename ComputeOf<S>::T read(const ElementwiseArgs& 
   return operand.data ? value_at<S>(operand, offset_of(a, operand, i)) : typename ComputeOf<S>::T{1};
 }
 
-// n neighbours of an operand of S, or (beside a wider O) of O.
-template <class S, class O, int n, class T>
-__device__ __forceinline__ void load_either(const Operand& operand, int64_t at, T (&x)[n]) {
-  if constexpr (!std::is_same_v<S, O>)
-    if (operand.dtype == DType::f32) return load_packs(static_cast<const O*>(operand.data) + at, x);
-  load_packs(static_cast<const S*>(operand.data) + at, x);
+// As many neighbours as a pack of S holds: a pack, or (beside a wider O) numbers that were stored as S or as O.
+template <class S>
+struct Widened {
+  typename ComputeOf<S>::T at[Pack<S>::size];
+};
+template <class S, class O>
+using Neighbours = std::conditional_t<std::is_same_v<S, O>, Pack<S>, Widened<S>>;
+template <class S, class O>
+__device__ __forceinline__ Neighbours<S, O> load_neighbours(const Operand& operand, int64_t at) {
+  if constexpr (std::is_same_v<S, O>) {
+    return load_pack(static_cast<const S*>(operand.data) + at);
+  } else {
+    Widened<S> x;
+    if (operand.dtype == DType::f32)
+      load_packs(static_cast<const O*>(operand.data) + at, x.at);
+    else
+      load_packs(static_cast<const S*>(operand.data) + at, x.at);
+    return x;
+  }
 }
 
 // The elements i, i + 1, ... of a weight, one at a time.
@@ -193,14 +206,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Pack<S> x = load_pack(static_cast<const S*>(a.input.data) + at);
     const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n), alpha(a, a.alpha, at, n);
     const IndexRun<T> index(a, at, n);
-    T t[n], upstream[n], value[n], grad[n], probability[n];
-    if (!indexed) load_either<S, O>(a.target, at, t);
-    if (a.upstream.data) load_packs(static_cast<const O*>(a.upstream.data) + at, upstream);
+    Neighbours<S, O> t, upstream;
+    if (!indexed) t = load_neighbours<S, O>(a.target, at);
+    if (a.upstream.data) upstream = load_neighbours<S, O>(a.upstream, at);
+    T value[n], grad[n], probability[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      const Target<T> target = indexed ? index.at(k) : Target<T>{t[k], false};
+      const Target<T> target = indexed ? index.at(k) : Target<T>{widen(t.at[k]), false};
       value[k] = element(widen(x.at[k]), target, weight.at(k), pos_weight.at(k), alpha.at(k),
-                         a.upstream.data ? upstream[k] : T{1}, &grad[k]);
+                         a.upstream.data ? widen(upstream.at[k]) : T{1}, &grad[k]);
       if (a.probability.data) probability[k] = probability_of(widen(x.at[k]));
     }
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
@@ -247,7 +261,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     return static_cast<T>(loss.value);
   };
   const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
-  const auto pack = [&](int64_t i, const Pack<S>& x, const auto& t) {
+  const auto target_at = [&](int64_t i) { return load_neighbours<S, O>(a.target, i * n); };
+  const auto pack = [&](int64_t i, const Pack<S>& x, const Neighbours<S, O>& t) {
     T value[n], grad[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) value[k] = element(widen(x.at[k]), widen(t.at[k]), &grad[k]);
@@ -257,24 +272,14 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
   const int64_t packs = packed ? count / n : 0;
   int64_t p = first;
-  if constexpr (std::is_same_v<S, O>) {
-    const auto target_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.target.data) + i * n); };
+  if constexpr (std::is_same_v<S, O>) {  // elsewhere the target may be two packs itself
     for (; p + step < packs; p += 2 * step) {
       const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
       pack(p, x[0], t[0]);
       pack(p + step, x[1], t[1]);
     }
-    for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
-  } else {  // one at a time: a float target is two packs
-    for (; p < packs; p += step) {
-      const Pack<S> x = input_at(p);
-      struct {
-        T at[n];
-      } t;
-      load_either<S, O>(a.target, p * n, t.at);
-      pack(p, x, t);
-    }
   }
+  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
   // The elements after the last whole pack, or all of them.
   for (int64_t i = packs * n + first; i < count; i += step) {
     T grad;

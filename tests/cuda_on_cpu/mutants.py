@@ -170,8 +170,8 @@ MUTANTS = [
     (
         "a float target is read in the logits' dtype",
         "cuda/elementwise.cu",
-        "if (operand.dtype == DType::f32) return load_packs",
-        "if (false) return load_packs",
+        "if (operand.dtype == DType::f32)\n      load_packs",
+        "if (false)\n      load_packs",
     ),
     ("ignored targets are counted", "cuda/softmax.cu", "    if (y == a.ignore_index) continue;\n", ""),
 ]
