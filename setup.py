@@ -205,7 +205,7 @@ def write_ninja(
         # PyTorch may load another CUDA runtime: the symbols of ours stay inside.
         hide = ["-Xlinker=--no-as-needed", "-Xlinker=--exclude-libs=ALL"]
         rule("nvlink", nvcc, *compiler, "-shared", "-nodlink", "--cudart=static", *hide)
-        shared = [f"{folder}/csrc/torch/{name}.cpp.o" for name in ("arguments", "tensors")]
+        shared = [f"{folder}/csrc/torch/{name}.cpp.o" for name in ("arguments", "kept_memory", "tensors")]
         made = [*objects("nvcc", sources("cuda/*.cu", "torch/cuda_*.cpp")), *shared]
         libraries += f" -L{folder} -ltorch_cuda"
         stub = [f"{folder}/libtorch_cuda.so"]

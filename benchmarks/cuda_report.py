@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,9 +41,13 @@ class Kernel:
     stores: int = 0  # and to global memory
 
     @property
+    def dtypes(self) -> list[str]:
+        """Of the input, and of the loss where that may differ."""
+        return [DTYPES[word] for word in re.findall(r"\w+", self.name.partition("<")[2]) if word in DTYPES]
+
+    @property
     def dtype(self) -> str:
-        found = [DTYPES[word] for word in re.findall(r"\w+", self.name.partition("<")[2]) if word in DTYPES]
-        return found[0] if found else ""
+        return self.dtypes[0] if self.dtypes else ""
 
     @property
     def family(self) -> str:
@@ -63,6 +68,8 @@ class Kernel:
                 said.append(pair[word == "true"])
             else:
                 said.append(f"{word} a lane" if base == "softmax_lanes_kernel" else word)
+        if len(set(self.dtypes)) > 1:
+            said.append(f"{self.dtypes[1]} loss")
         return " ".join([base.removesuffix("_kernel"), f"({', '.join(said)})" if said else ""]).strip()
 
 
@@ -91,14 +98,14 @@ def demangle(names: list[str]) -> list[str]:
     ]
 
 
-def compiled(source: Path, architecture: str, folder: Path, kind: str) -> tuple[Path, str]:
-    """The file of that kind, and what the compiler said. Every warning is an error."""
+@cache
+def compiled(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
+    """The cubin, beside the PTX it is made of, and what the compiler said. Every warning is an error."""
     number = architecture.replace(".", "")
-    code = f"compute_{number}" if kind == "ptx" else f"sm_{number}"
-    target = folder / f"{source.stem}.{kind}"
-    command = [nvcc() or "nvcc", "-std=c++17", "-O2", "-DNDEBUG", "-I", str(ROOT / "csrc"), f"-{kind}"]
-    command += [flag for flag in WARNINGS if kind != "ptx" or not flag.startswith("-Xptxas")]
-    command += [f"-gencode=arch=compute_{number},code={code}", "-o", str(target), str(source)]
+    target = folder / f"{source.stem}.cubin"
+    command = [nvcc() or "nvcc", "-std=c++17", "-O2", "-DNDEBUG", "-I", str(ROOT / "csrc")]
+    command += ["-cubin", "--keep", "--keep-dir", str(folder), *WARNINGS]
+    command += [f"-gencode=arch=compute_{number},code=sm_{number}", "-o", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{source.name} for {architecture}: {done.stdout}{done.stderr}")
@@ -106,15 +113,15 @@ def compiled(source: Path, architecture: str, folder: Path, kind: str) -> tuple[
 
 
 def kernels(source: Path, architecture: str, folder: Path) -> list[Kernel]:
-    _, said = compiled(source, architecture, folder, "cubin")
+    cubin, said = compiled(source, architecture, folder)
     found = re.findall(
         r"Compiling entry function '(\S+)' for .*?\n.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads\n.*?Used (\d+) registers",
         said,
         re.DOTALL,
     )
-    ptx, _ = compiled(source, architecture, folder, "ptx")
-    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx.read_text(), re.DOTALL))
+    ptx = cubin.with_suffix(".ptx").read_text()
+    bodies = dict(re.findall(r"\.entry (\w+)\((.*?)\n}\n", ptx, re.DOTALL))
     result = []
     names = demangle([entry[0] for entry in found])
     for name, (mangled, stack, stored, loaded, registers) in zip(names, found, strict=True):
@@ -135,13 +142,9 @@ def kernels(source: Path, architecture: str, folder: Path) -> list[Kernel]:
     return result
 
 
-def every_kernel(architecture: str) -> list[Kernel]:
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            kernel
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-            for kernel in kernels(source, architecture, Path(folder))
-        ]
+def every_kernel(architecture: str, folder: Path) -> list[Kernel]:
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return [kernel for source in sources for kernel in kernels(source, architecture, folder)]
 
 
 # -- SASS ------------------------------------------------------------------------------------------------------
@@ -167,35 +170,34 @@ def loops(sass: str) -> Iterator[tuple[str, list[str]]]:
                 yield name, opcodes[begin:end]
 
 
-def instructions_an_element(architecture: str) -> dict[str, float]:
+def instructions_an_element(architecture: str, folder: Path) -> dict[str, float]:
     """For each kernel that stores 16 bytes in a loop: the instructions of its loops, an element."""
     tool = nvdisasm()
     result: dict[str, float] = {}
     if tool is None:
         return result
-    with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-            cubin, _ = compiled(source, architecture, Path(folder), "cubin")
-            sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-            found = list(loops(sass))
-            for name, (_, opcodes) in zip(demangle([name for name, _ in found]), found, strict=True):
-                stores = sum(opcode.startswith("STG.E.128") for opcode in opcodes)
-                loads = sum(opcode.startswith(("LDS.128",)) for opcode in opcodes)
-                size = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}.get(Kernel(name, 0, 0, 0).dtype, 0)
-                packs = stores or (loads if "softmax_block" in name and "MUFU.EX2" in opcodes else 0)
-                if packs and size:
-                    key = f"{name} {'out' if stores else 'in'}"
-                    # of several loops the unrolled one
-                    result[key] = min(result.get(key, 1e9), len(opcodes) / packs / size)
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        cubin, _ = compiled(source, architecture, folder)
+        sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        found = list(loops(sass))
+        for name, (_, opcodes) in zip(demangle([name for name, _ in found]), found, strict=True):
+            stores = sum(opcode.startswith("STG.E.128") for opcode in opcodes)
+            loads = sum(opcode.startswith(("LDS.128",)) for opcode in opcodes)
+            size = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}.get(Kernel(name, 0, 0, 0).dtype, 0)
+            packs = stores or (loads if "softmax_block" in name and "MUFU.EX2" in opcodes else 0)
+            if packs and size:
+                key = f"{name} {'out' if stores else 'in'}"
+                # of several loops the unrolled one
+                result[key] = min(result.get(key, 1e9), len(opcodes) / packs / size)
     return result
 
 
 # -- the page --------------------------------------------------------------------------------------------------
 
 
-def table(architecture: str) -> str:
+def table(architecture: str, folder: Path) -> str:
     families: dict[str, dict[str, Kernel]] = {}
-    for kernel in every_kernel(architecture):
+    for kernel in every_kernel(architecture, folder):
         families.setdefault(kernel.family, {})[kernel.dtype] = kernel
     lines = [
         f"For sm_{architecture.replace('.', '')}, by {version()}. A column with four numbers: fp32, bf16, fp16, fp64.",
@@ -212,12 +214,12 @@ def table(architecture: str) -> str:
 
         cells = [column(field) for field in ("registers", "stack", "spills", "loads", "copies", "stores")]
         lines.append(f"| {family} | {' | '.join(cells)} |")
-    counted = instructions_an_element(architecture)
+    counted = instructions_an_element(architecture, folder)
     shown = [
         (name, value)
         for name, value in sorted(counted.items())
         if re.search(
-            r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16)>|block_kernel<(float|bf16), false, true",
+            r"plain_kernel<.*(Logits|Focal<.*\)4>), (float|bf16), \w+>|block_kernel<(float|bf16), \w+, false, true",
             name,
         )
     ]
@@ -249,7 +251,8 @@ def main() -> None:
     options = parser.parse_args()
     if nvcc() is None:
         sys.exit("cuda_report.py: there is no nvcc in PATH or /usr/local/cuda/bin, or in CUDA_HOME's bin")
-    made = table(options.architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        made = table(options.architecture, Path(folder))
     if not options.write:
         print(made)
         return

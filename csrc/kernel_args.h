@@ -36,6 +36,7 @@ struct LabelArgs {
 
 struct ElementwiseArgs {
   Elementwise loss;
+  DType value_dtype;        // of the loss and its upstream gradient: the input's, or f32 beside a narrower one
   int ndim;                 // of the common shape, collapsed; the last dimension runs fastest
   int64_t size[kMaxDims];   //
   Operand input;            // [...]
@@ -57,6 +58,7 @@ struct ElementwiseArgs {
 // Position p of `positions` has its C logits at offset(p) + c * class_stride.
 struct SoftmaxArgs {
   DType dtype;
+  DType value_dtype;                 // as in ElementwiseArgs
   int64_t classes, positions;
   int ndim;                          // dimensions of the positions, collapsed; the last runs fastest
   int64_t size[kMaxDims];            //
@@ -65,11 +67,12 @@ struct SoftmaxArgs {
   void* grad;                        // [positions, C] by the strides below; nullptr: not wanted
   int64_t grad_stride[kMaxDims], grad_class_stride;
   const int64_t* index;              // [positions] class indices, or nullptr
-  const void* probability;           // [positions, C] soft targets of the logits' dtype, or nullptr
+  const void* probability;           // [positions, C] soft targets, or nullptr
+  DType probability_dtype;           // the logits', or that of the value
   int64_t probability_stride[kMaxDims], probability_class_stride;
   const void* weight;                // [C] of the compute dtype (float, or double for f64), or nullptr
-  const void* upstream;              // [positions] of the logits' dtype, or nullptr
-  void* value;                       // [positions] of the logits' dtype, or nullptr
+  const void* upstream;              // [positions] of value_dtype, or nullptr
+  void* value;                       // [positions] of value_dtype, or nullptr
   double grad_scale;                 // 1 / denominator, and a scalar upstream gradient
   int64_t ignore_index;
   bool count_weights;                // the mean divides by the targets' weights, not by their number

@@ -27,7 +27,7 @@ def anchor_ops(name: str, elementwise: reference.Elementwise) -> LossOps:
         in_words = (*arguments[:-1], _checks.REDUCTION_NAMES[arguments[-1]])
         return reference.anchors(elementwise, *in_words)
 
-    return LossOps.of(f"{name}_anchors", in_plain_torch)
+    return LossOps.of(f"{name}_anchors", in_plain_torch, writes_probability=True)
 
 
 def evaluate_anchors(
@@ -54,7 +54,7 @@ def evaluate_anchors(
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
     if autocasting(input):
-        input = _checks.autocast(input)
+        loss, input = under_autocast(loss, input)
         with torch.autocast(input.device.type, enabled=False):
             return evaluate_anchors(
                 loss,
@@ -111,7 +111,8 @@ def evaluate_anchors(
     }
     tensors = (main, scores, *weights.values(), factor)
     options = (divisor, *index, dim, alpha_positive, alpha_negative, float(gamma), detach_weight, code)
-    if not _checks.reachable(input, *tensors) or (anchors is None and main.dtype != input.dtype):
+    fits = anchors is not None or main.dtype == input.dtype or (loss.wide and main.dtype is torch.float32)
+    if not _checks.reachable(input, *tensors) or not fits:
         value = loss.reference(input, *tensors, *options)
         return (value, input.detach().sigmoid()) if return_probabilities else value
     stored = code != _checks.NONE and input.dtype != torch.float16
@@ -125,16 +126,22 @@ def evaluate_anchors(
 
 
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
-    forms: dict[str, Any] = {
-        name: partial(getattr(loss, name), probability=probabilities)
-        for name in ("forward", "train", "train_")
-    }
-    return dataclasses.replace(loss, **forms)
+    forward, train, train_ = (partial(form, probability=probabilities) for form in loss.writing)
+    return dataclasses.replace(loss, forward=forward, train=train, train_=train_)
 
 
 def autocasting(input: Tensor) -> bool:
     kind = input.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
+def under_autocast(loss: LossOps, input: Tensor) -> tuple[LossOps, Tensor]:
+    """What takes their places where autocast is switched off: the loss of float16 and bfloat16 is float32."""
+    if input.dtype not in _checks.HALVES:
+        return loss, input
+    if torch.compiler.is_compiling():  # a traced op is known by its name alone
+        return loss, input.float()
+    return loss.widened, input
 
 
 def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None, float]:

@@ -26,7 +26,7 @@ NONE, MEAN, SUM = 0, 1, 2  # torch's numbering
 REDUCTION_NAMES = ("none", "mean", "sum")
 REDUCTION_CODES = {name: code for code, name in enumerate(REDUCTION_NAMES)}
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_HALVES = frozenset({torch.bfloat16, torch.float16})
+HALVES = frozenset({torch.bfloat16, torch.float16})
 _TENSOR_TYPES = frozenset({Tensor, Parameter})
 _MAX_DIMS = 12  # csrc/dtype.h
 # What an op, or the way to it, has against a call. Others pass: checkpointing ends a recomputation by an exception.
@@ -64,11 +64,12 @@ def require_tensors(function: str, **arguments: Any) -> None:
 
 def autocast_ops(loss: LossOps, input: Tensor, target: Tensor, *weights: Tensor | None) -> LossOps | None:
     """The ops that can be asked straight away under autocast: those with a float32 loss, for fp16 and bf16."""
-    if not isinstance(input, Tensor) or not input.is_cpu or input.dtype not in _HALVES or _compiling():
+    if not isinstance(input, Tensor) or input.dtype not in HALVES or _compiling():
         return None
-    if not torch.is_autocast_enabled("cpu"):
+    device = "cpu" if input.is_cpu else "cuda"
+    if not (input.is_cpu or (CUDA and input.is_cuda)) or not torch.is_autocast_enabled(device):
         return None
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(device, enabled=False):
         return loss.widened if plain(input, target) and _constant(*weights) else None
 
 
@@ -173,7 +174,7 @@ def log_fall_back(cause: str) -> None:
 
 def autocast(input: Tensor) -> Tensor:
     """What autocast makes of the input of a loss that torch itself does not have: float32 for fp16 and bf16."""
-    return input.float() if input.dtype in _HALVES and torch.is_autocast_enabled(input.device.type) else input
+    return input.float() if input.dtype in HALVES and torch.is_autocast_enabled(input.device.type) else input
 
 
 def ask_torch(problem: str, function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -19,8 +19,9 @@ if CUDA:
     torch.ops.load_library(str(_cuda))  # type: ignore[no-untyped-call]
 
 
-def load_op(name: str) -> Any:
-    return getattr(torch.ops.fused_losses, name).default.op  # without a Python frame of OpOverload
+def load_op(name: str, overload: str = "default") -> Any:
+    packet = getattr(torch.ops.fused_losses, name)
+    return getattr(packet, overload).op  # without a Python frame of OpOverload
 
 
 scale_: Callable[[Tensor, Tensor], None] = load_op("scale_")
@@ -41,14 +42,17 @@ class LossOps:
     backward: Callable[..., Tensor]
     backward_: Callable[..., None]
     reference: Callable[..., Tensor]
+    wide: bool = False  # see `widened`
+    # forward, train and train_ that also write sigmoid(input) to `probability`, a keyword; a detector's head has them
+    writing: tuple[Callable[..., Any], ...] = ()
 
     @cached_property
     def widened(self) -> LossOps:
-        """The same with a float32 loss, as autocast has it, beside a gradient in the input's dtype. "mean" and
-        "sum" on a CPU; the other tensors may have dtypes of their own."""
+        """The same with a float32 loss, as autocast has it, beside a gradient in the input's dtype, fp16 or bf16. A
+        dense target may be float32, too."""
 
         def wide(op: Any) -> Any:
-            return lambda *args: op(*args, True)
+            return lambda *args, **keywords: op(*args, True, **keywords)
 
         return LossOps(
             self.name,
@@ -58,35 +62,44 @@ class LossOps:
             wide(self.backward),
             wide(self.backward_),
             lambda input, *rest: self.reference(input.float(), *rest),
+            wide=True,
+            writing=tuple(map(wide, self.writing)),
         )
 
     @staticmethod
-    def of(name: str, reference: Callable[..., Tensor]) -> LossOps:
-        register_fakes(name, reference)
+    def of(name: str, reference: Callable[..., Tensor], *, writes_probability: bool = False) -> LossOps:
+        register_fakes(name, reference, writes_probability)
 
         def op(suffix: str) -> Any:
             return load_op(name + suffix)
 
-        return LossOps(
-            name, op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_"), reference
-        )
+        writing = [load_op(name + suffix, "probability") for suffix in FORWARD if writes_probability]
+        forms = op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_")
+        return LossOps(name, *forms, reference, writing=tuple(writing))
 
 
-def register_fakes(name: str, reference: Callable[..., Tensor]) -> None:
+FORWARD = ("", "_train", "_train_")
+
+
+def register_fakes(name: str, reference: Callable[..., Tensor], writes_probability: bool) -> None:
     """The shapes, strides and dtypes that the five ops return, for what traces a program without running it."""
     schema = getattr(torch.ops.fused_losses, name).default._schema
     names = [argument.name for argument in schema.arguments]
-    reduction = names.index("reduction")
+    reduction, wide = names.index("reduction"), names.index("wide")
 
     def value(input: Tensor, *rest: Any) -> Tensor:
         devices = {tensor.device for tensor in (input, *rest) if isinstance(tensor, Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"{name}: expected all tensors on one device, not on {devices}")
-        if (input, *rest)[reduction] != 0:
-            wide = dict(zip(names, (input, *rest), strict=False)).get("wide")
-            return input.new_empty((), dtype=torch.float32 if wide else input.dtype)
-        elements = reference(input, *rest)
-        return torch.empty_like(input) if elements.shape == input.shape else input.new_empty(elements.shape)
+        arguments = (input, *rest)
+        wider = any(arguments[wide : wide + 1]) and input.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if wider else input.dtype
+        if arguments[reduction] != 0:
+            return input.new_empty((), dtype=dtype)
+        elements = reference(*arguments[:wide])
+        if elements.shape == input.shape:
+            return torch.empty_like(input, dtype=dtype)
+        return input.new_empty(elements.shape, dtype=dtype)
 
     def gradient(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
         return torch.empty_like(input)
@@ -100,6 +113,12 @@ def register_fakes(name: str, reference: Callable[..., Tensor]) -> None:
     }
     for suffix, fake in fakes.items():
         torch.library.register_fake(f"fused_losses::{name}{suffix}", fake)
+    for suffix in FORWARD if writes_probability else ():
+
+        def writing(*arguments: Any, probability: Tensor, fake: Callable[..., Any] = fakes[suffix]) -> Any:
+            return fake(*arguments)
+
+        torch.library.register_fake(f"fused_losses::{name}{suffix}.probability", writing)
 
 
 torch.library.register_fake("fused_losses::scale_", lambda gradient, upstream: None)

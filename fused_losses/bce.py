@@ -178,7 +178,9 @@ def binary_cross_entropy(
         ValueError, RuntimeError, TypeError: elsewhere as torch's function.
     """
     plain = _checks.plain(input, target, weight)
-    ops = _OPS if plain else _checks.autocast_ops(_OPS, input, target, weight)
+    ops = _OPS if plain else None
+    if not plain and isinstance(input, Tensor) and input.is_cpu:  # on CUDA torch refuses it under autocast
+        ops = _checks.autocast_ops(_OPS, input, target, weight)
     if ops is not None and size_average is None and reduce is None:
         try:
             code = _checks.REDUCTION_CODES[reduction]

@@ -214,15 +214,16 @@ def softmax_focal_loss(
 
     Source: Lin et al. 2017, arXiv:1708.02002, on a softmax.
     """
-    plain = _checks.plain(input, target)
-    ops = _SOFTMAX if plain else _checks.autocast_ops(_SOFTMAX, input, target)
-    if ops is not None and alpha is None:
+    weight = alpha if isinstance(alpha, Tensor) else None
+    plain = _checks.plain(input, target, weight)
+    ops = _SOFTMAX if plain else _checks.autocast_ops(_SOFTMAX, input, target, weight)
+    if ops is not None:
         try:
             _require_gamma(gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
-            options = (code, ignore_index, gamma)
-            return evaluate_eagerly(ops, inplace_backward, stored, input, (target, None), options)
+            tensors, options = (target, _per_class(alpha, input)), (code, ignore_index, gamma)
+            return evaluate_eagerly(ops, inplace_backward, stored, input, tensors, options)
         except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
@@ -239,21 +240,28 @@ def softmax_focal_loss(
             problem = f"alpha has {_checks.shape_of(alpha)}; expected ({classes},), one for each class"
     if problem is not None:
         raise ValueError(problem)
-    weight = alpha if isinstance(alpha, Tensor) else None
     if not _checks.reachable(input, target, weight):
         return reference.softmax_focal_loss(
             _checks.autocast(input), target, alpha, gamma, ignore_index, reduction
         )
-    if weight is not None and weight.dim() == 0:
-        weight = weight.expand(classes)
-    elif isinstance(alpha, (int, float)):
-        weight = torch.full((classes,), float(alpha), dtype=input.dtype, device=input.device)
     if target.dtype == torch.uint8:
         target = target.long()
-    weight = _checks.compute_weight(weight, input)
+    weight = _per_class(alpha, input)
     stored = code != _checks.NONE and input.dtype != torch.float16
     options = (code, ignore_index, float(gamma))
     return evaluate(_SOFTMAX, inplace_backward, stored, input, (target, weight), options)
+
+
+def _per_class(alpha: float | Tensor | None, input: Tensor) -> Tensor | None:
+    """alpha as the kernels read it: one for each class, (C), in the dtype of the arithmetic."""
+    if alpha is None:
+        return None
+    if not isinstance(alpha, Tensor):
+        wide = torch.float64 if input.dtype is torch.float64 else torch.float32
+        alpha = torch.full((), float(alpha), dtype=wide, device=input.device)
+    if alpha.dim() == 0:
+        alpha = alpha.expand(input.shape[min(input.dim() - 1, 1)])
+    return _checks.compute_weight(alpha, input)
 
 
 def _require_gamma(gamma: float) -> None:

@@ -50,15 +50,14 @@ def assert_accurate(
     `exact` is what to call in fp64: theirs unless given. Gradients are taken by the logits and by every
     option that requires one, with a random upstream gradient.
     """
-    dtype = logits.dtype
     wide = {name: _upcast(option) for name, option in options.items()}
     own, upstream = _differentiate(ours, logits, options, None)
     torchs, _ = _differentiate(theirs, logits, options, upstream)
     right, _ = _differentiate(exact or theirs, _upcast(logits), wide, upstream)
     for name in own:
         difference = value_cancels if name == "the loss" else cancels
-        floor = 1.0 if difference else torch.finfo(dtype).eps
-        _assert_no_worse(name, own[name], torchs[name], right[name], dtype, floor)
+        floor = 1.0 if difference else torch.finfo(own[name].dtype).eps
+        _assert_no_worse(name, own[name], torchs[name], right[name], floor)
 
 
 def ulps(result: Tensor, exact: Tensor, dtype: torch.dtype, floor: float | None = None) -> Tensor:
@@ -164,9 +163,8 @@ def _upcast(option: Any) -> Any:
     return option
 
 
-def _assert_no_worse(
-    what: str, ours: Tensor, theirs: Tensor, exact: Tensor, dtype: torch.dtype, floor: float
-) -> None:
+def _assert_no_worse(what: str, ours: Tensor, theirs: Tensor, exact: Tensor, floor: float) -> None:
+    dtype = ours.dtype
     assert ours.dtype == theirs.dtype, f"{what} is {ours.dtype}, torch's is {theirs.dtype}"
     assert ours.shape == theirs.shape, f"{what} has shape {ours.shape}, torch's has {theirs.shape}"
     if not ours.numel():

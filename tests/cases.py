@@ -25,6 +25,11 @@ class Case:
     in_place: bool = True  # it has inplace_backward
 
 
+def autocast(dtype: torch.dtype = torch.bfloat16, *, enabled: bool = True) -> torch.autocast:
+    """On the device the tests run on."""
+    return torch.autocast(torch.get_default_device().type, dtype, enabled=enabled)
+
+
 def _soft(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.rand(shape, dtype=torch.float64).to(dtype)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import autocast
 from third_party import timm, ultralytics, yolov5
 from torch import Tensor, nn
 
@@ -357,7 +358,7 @@ def test_the_comparison_leaves_no_trace() -> None:
     state = torch.get_rng_state()
     criterion = ultralytics.FocalLoss()
     alpha = criterion.alpha
-    with torch.no_grad(), torch.autocast("cpu"):
+    with torch.no_grad(), autocast():
         assert replace_criterion(criterion, dry_run=True)
     assert type(criterion) is ultralytics.FocalLoss
     assert criterion.alpha is alpha
@@ -413,7 +414,7 @@ def test_autocast(name: str) -> None:
     layer = nn.Linear(shape[-1], shape[-1])
     results = []
     for criterion in (original, mine):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             loss = criterion(layer(torch.ones(shape)), *targets)
         results.append((loss.detach(), *torch.autograd.grad(loss.sum(), layer.weight)))
     (theirs, _), (ours, _) = results

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
 from cases import CASES, IN_PLACE_CASES, Case
@@ -15,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses
 import fused_losses.functional as F
-from fused_losses.detection import pairwise_bce_cost
+from fused_losses.detection import multi_level, pairwise_bce_cost
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 NAMESPACE = "fused_losses::"
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class OpCalls(TorchDispatchMode):
@@ -26,11 +28,11 @@ class OpCalls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[Any, tuple[Any, ...]] = {}
+        self.calls: dict[Any, Arguments] = {}
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if op._schema.name.startswith(NAMESPACE):
-            copies = torch.utils._pytree.tree_map_only(Tensor, copy_of, args)
+            copies = torch.utils._pytree.tree_map_only(Tensor, copy_of, (args, kwargs or {}))
             self.calls.setdefault(op, copies)
         return op(*args, **(kwargs or {}))
 
@@ -52,7 +54,7 @@ def detection_cases() -> list[tuple[Any, Tensor, dict[str, Any]]]:
     return [*anchors, (F.distribution_focal_loss, torch.randn(6, 8), {"target": torch.rand(6) * 7})]
 
 
-def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
+def op_calls() -> list[tuple[Any, Arguments]]:
     """Every op of the package, as the losses call it."""
     with OpCalls() as seen:
         calls = [(case.ours, *case.make(torch.float32), case.in_place) for case in CASES]
@@ -64,6 +66,11 @@ def op_calls() -> list[tuple[Any, tuple[Any, ...]]]:
                     logits = data.clone().requires_grad_() * 1
                     loss = ours(logits, **options, reduction=reduction, **keyword)
                     (loss.sum() * 1.5).backward()
+        for ours, data, options in detection_cases()[:4]:
+            for keyword in ({}, {"inplace_backward": True}):
+                logits = data.clone().requires_grad_() * 1
+                ours(logits, **options, reduction="mean", return_probabilities=True, **keyword)
+                ours(data, **options, reduction="mean", return_probabilities=True)
         pairwise_bce_cost(torch.randn(6, 5), torch.tensor([0, 4, 2]))
     # What overwrites the input of a loss that has no inplace_backward.
     extra = [(getattr(torch.ops.fused_losses, name), name) for name in ("bce_train_", "bce_backward_")]
@@ -76,19 +83,20 @@ CALLS = op_calls()
 
 def test_the_calls_are_of_every_op() -> None:
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(NAMESPACE)}
-    assert {op._schema.name for op, _ in CALLS} == names
+    assert {op.name() for op, _ in CALLS} == names
 
 
-@pytest.mark.parametrize(("op", "args"), CALLS, ids=[str(op.name()) for op, _ in CALLS])
-def test_opcheck(op: Any, args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(op, args)
+@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[str(op.name()) for op, _ in CALLS])
+def test_opcheck(op: Any, arguments: Arguments) -> None:
+    torch.library.opcheck(op, *arguments)
 
 
 @every_case
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_fake_strides_are_the_real_ones(case: Case, reduction: str) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fake_strides_are_the_real_ones(case: Case, reduction: str, autocast: bool) -> None:
     """A compiler builds its memory plan on them."""
-    data, options = case.make(torch.float32)
+    data, options = case.make(torch.bfloat16 if autocast else torch.float32)
     target = "targets" if "targets" in options else "target"
     for arrange in (
         lambda x: x,
@@ -101,9 +109,11 @@ def test_fake_strides_are_the_real_ones(case: Case, reduction: str) -> None:
         if rest[target].shape == data.shape:
             rest[target] = arrange(rest[target])
         with OpCalls() as seen:
-            loss = case.ours(logits.detach().requires_grad_(), **rest, reduction=reduction)
+            with cases.autocast(enabled=autocast):
+                loss = case.ours(logits.detach().requires_grad_(), **rest, reduction=reduction)
             loss.sum().backward()
-        for op, args in seen.calls.items():
+        assert seen.calls
+        for op, (args, _) in seen.calls.items():
             real = op(*args)
             with torch._subclasses.FakeTensorMode() as mode:
                 fake = op(*torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args))
@@ -197,20 +207,69 @@ class Network(nn.Module):
         )  # fmt: skip
 
 
-def test_inductor_trains_without_recompiling() -> None:
+def of_network(size: int) -> tuple[Any, ...]:
+    return torch.randn(size, 7), torch.randint(5, (size,))
+
+
+class Head(nn.Module):
+    """A detector's head: every loss on index targets, the dense ones, sides of boxes as distributions, two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes, self.sides = nn.Linear(7, 5), nn.Linear(7, 4 * 8)
+        self.losses = nn.ModuleList(
+            [
+                fused_losses.BCEWithLogitsLoss(),
+                fused_losses.SigmoidFocalLoss(alpha=torch.linspace(0.2, 0.4, 5)),
+                fused_losses.QualityFocalLoss(),
+                fused_losses.VarifocalLoss(),
+            ]
+        )
+        self.distribution = fused_losses.DistributionFocalLoss()
+
+    def forward(
+        self, x: Tensor, target: fused_losses.IndexTarget, labels: Tensor, dense: Tensor, places: Tensor
+    ) -> Tensor:
+        logits, bins = self.classes(x), self.sides(x).view(-1, 4, 8)
+        assert target.scores is not None
+        factor = target.scores.sum()
+        total = self.distribution(bins, places, target.scores, avg_factor=factor)
+        for loss in self.losses:
+            total = total + loss(logits, target, avg_factor=factor)
+        for loss in self.losses[2:]:
+            total = total + loss(logits, dense)
+        levels = [(logits, fused_losses.IndexTarget(labels)), (logits * 0.5, dense)]
+        value, each = multi_level("varifocal_loss", levels, [4.0, 0.4], avg_factor=factor)
+        by_element, probabilities = F.quality_focal_loss(
+            logits, target, reduction="none", return_probabilities=True
+        )
+        result: Tensor = total + value + each.sum() + (by_element * probabilities).sum()
+        return result
+
+
+def of_head(size: int) -> tuple[Any, ...]:
+    labels, scores = torch.randint(-2, 6, (size,)), torch.rand(size)
+    labels[0] = 3
+    target = fused_losses.IndexTarget(labels, scores)
+    dense = target.dense(5)[0]
+    return torch.randn(size, 7), target, labels, dense, torch.rand(size, 4) * 7
+
+
+@pytest.mark.parametrize(("kind", "batch"), [(Network, of_network), (Head, of_head)])
+def test_inductor_trains_without_recompiling(kind: type[nn.Module], batch: Any) -> None:
     """Batches of several sizes, all of the first one's graph; the same weights as without compile."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    compiled_network, network = Network(), Network()
+    compiled_network, network = kind(), kind()
     network.load_state_dict(compiled_network.state_dict())
     counter = CompileCounterWithBackend("inductor")
     step = torch.compile(compiled_network, backend=counter, fullgraph=True, dynamic=True)
     graphs = 0
     for size in (6, 9, 4):
-        x, index = torch.randn(size, 7), torch.randint(5, (size,))
+        inputs = batch(size)
         for model, call in ((compiled_network, step), (network, network)):
             model.zero_grad()
-            call(x, index).backward()
+            call(*inputs).backward()
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.1 * p.grad

@@ -19,6 +19,7 @@ from accuracy import (
     layouts_of,
     ulps,
 )
+from cases import autocast
 from torch import Tensor
 
 import fused_losses.functional as F
@@ -378,7 +379,7 @@ def test_sum_over_many_rows(dtype: torch.dtype) -> None:
 def test_autocast(reduction: str) -> None:
     layer = torch.nn.Linear(8, 5)
     data, index = torch.randn(16, 8), torch.randint(5, (16,))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         ours = F.cross_entropy(layer(data), index, reduction=reduction)
         theirs = torch_functional.cross_entropy(layer(data), index, reduction=reduction)
     assert ours.dtype == theirs.dtype

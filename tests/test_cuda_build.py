@@ -30,9 +30,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("architecture", default_architectures() if every else ["9.0"])
 
 
-def test_kernels(architecture: str) -> None:
+def test_kernels(architecture: str, tmp_path: Path) -> None:
     """Compiles with every warning an error, so this is also the test that there is none."""
-    kernels = cuda_report.every_kernel(architecture)
+    kernels = cuda_report.every_kernel(architecture, tmp_path)
     assert len(kernels) > 100
     for kernel in kernels:
         assert kernel.spills == 0, kernel

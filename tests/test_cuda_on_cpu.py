@@ -13,6 +13,7 @@ from typing import Any
 
 import plain
 import pytest
+import test_autocast as autocast
 import test_pairwise
 import torch
 import torch.nn.functional as torch_functional
@@ -378,16 +379,20 @@ def test_a_label_out_of_range_stops_the_kernel(label: int) -> None:
         F.sigmoid_focal_loss(torch.randn(300, 3), IndexTarget(labels))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
-def test_quality_focal_and_varifocal(gamma: float) -> None:
-    logits, target = torch.randn(65, 33) * 3, torch.rand(65, 33)
+def test_quality_focal_and_varifocal(gamma: float, dtype: torch.dtype) -> None:
+    logits, target = (torch.randn(65, 33).double() * 3).to(dtype), torch.rand(65, 33).to(dtype)
     target[target < 0.5] = 0
     for ours, theirs, options in (
         (F.quality_focal_loss, plain.quality_focal_loss, {"beta": gamma}),
         (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma}),
         (F.varifocal_loss, plain.varifocal_loss, {"gamma": gamma, "detach_weight": True}),
     ):
-        assert_accurate(ours, theirs, logits, cancels=True, value_cancels=True, target=target, **options)
+        for reduction in ("mean", "none"):
+            options["reduction"] = reduction
+            assert_accurate(ours, theirs, logits, cancels=True, value_cancels=True, target=target, **options)
+            assert_accurate(ours, theirs, logits, target=target.round(), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -413,6 +418,15 @@ def test_distribution_focal(shape: tuple[int, ...], layout: str, dtype: torch.dt
     by_factor = F.distribution_focal_loss(leaf, target, avg_factor=torch.tensor(2.5))
     total = F.distribution_focal_loss(leaf, target, reduction="sum")
     torch.testing.assert_close(by_factor, total / 2.5, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", autocast.HALVES)
+@pytest.mark.parametrize("others", ["own", "float32"])
+def test_autocast(dtype: torch.dtype, others: str) -> None:
+    shapes = [(1100, 9), (3, 1100), (70, 17, 5)]  # a kernel's each
+    autocast.check_everything(dtype, torch.float32 if others == "float32" else dtype, shapes)
+    if others == "own":
+        autocast.check_loss_scale(dtype)
 
 
 @pytest.mark.parametrize("wrong", [15.5, -0.5, math.nan])

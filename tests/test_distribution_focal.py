@@ -10,6 +10,7 @@ import plain
 import pytest
 import torch
 from accuracy import DTYPES, LOW_DTYPES, REDUCTIONS, arrange, assert_accurate
+from cases import autocast
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -220,7 +221,7 @@ def test_the_criterion_is_the_function() -> None:
 def test_what_the_kernels_do_not_reach() -> None:
     logits, target = draw((6, 4, 16), torch.float32)
     expected = F.distribution_focal_loss(logits, target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with autocast():
         torch.testing.assert_close(F.distribution_focal_loss(logits, target), expected)
     compiled = torch.compile(lambda x: F.distribution_focal_loss(x, target), backend="eager")
     torch.testing.assert_close(compiled(logits), expected)

@@ -15,7 +15,7 @@ VARIABLE = "FUSED_LOSSES_CPU_LEVEL"
 # The parent runs at one level; a child would otherwise start children of its own.
 CHILD = os.environ.get(VARIABLE) is not None
 TESTS = ["test_cross_entropy.py", "test_bce.py", "test_focal.py", "test_detection.py", "test_pairwise.py"]
-TESTS += ["test_distribution_focal.py", "test_vector_math.py"]
+TESTS += ["test_distribution_focal.py", "test_vector_math.py", "test_autocast.py"]
 
 
 def run(*command: str, level: str | None) -> subprocess.CompletedProcess[str]:

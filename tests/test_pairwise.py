@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as torch_functional
 from accuracy import DTYPES, LUCK, MANY, arrange, ulps
+from cases import autocast
 from torch import Tensor
 
 from fused_losses import reference
@@ -162,7 +163,7 @@ def test_gradient_where_one_is_wanted() -> None:
 def test_the_same_in_autocast_and_without() -> None:
     logits, gt_classes, objectness = draw((3, 70, 4), torch.float32)
     expected = pairwise_bce_cost(logits, gt_classes, objectness)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         assert torch.equal(pairwise_bce_cost(logits, gt_classes, objectness), expected)
 
 

@@ -40,7 +40,7 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
       factor[i] = weight ? weight[p + i] : T{1};
       scale[i] = static_cast<T>(a.grad_scale * factor[i]);
     }
-    for (int64_t i = 0; a.upstream && i < n; ++i) scale[i] *= load_scalar<T>(a.dtype, a.upstream, p + i);
+    for (int64_t i = 0; a.upstream && i < n; ++i) scale[i] *= load_scalar<T>(a.value_dtype, a.upstream, p + i);
 
     V highest[vectors];
 #pragma GCC unroll 4
@@ -85,7 +85,7 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
         T lane[lanes];
         store(lane, value);
         const int64_t left = n - u * lanes;
-        if (left > 0) unstage_run(a.dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
+        if (left > 0) unstage_run(a.value_dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
       }
       inverse[u] = load(scale + u * lanes) / (sums[u].rest + sums[u].ones);
     }

@@ -152,14 +152,14 @@ constexpr int64_t kPrefetch = 4096;  // logits ahead, or a group, so that memory
 template <class S>
 constexpr bool is_narrow = sizeof(S) == 2;
 
-template <class S>
+template <bool coarse>
 FL_FN auto term_of(vf x) {
-  if constexpr (is_narrow<S>)
+  if constexpr (coarse)
     return exp_term_coarse(x);
   else
     return exp_term(x);
 }
-template <class S>
+template <bool coarse>
 FL_FN vd term_of(vd x) {
   return exp_term(x);
 }
@@ -200,7 +200,7 @@ FL_CALL typename ComputeOf<S>::T find_maximum(const S* x, int64_t n) {
 // The sums over the rows [first, last). The target's own term is kept out of `rest`.
 template <class S, Dense dense, bool keep>
 FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
-                       const DenseTarget<typename ComputeOf<S>::T>& target) {
+                       const DenseTarget<typename ComputeOf<S>::T>& target, bool narrow_value) {
   using T = typename ComputeOf<S>::T;
   using V = typename VectorOf<T>::V;
   using I = typename Lanes<V>::Int;
@@ -215,7 +215,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
     vd total_term{}, total_q{}, total_q_distance{};
     V sum{}, sum_q{}, sum_q_distance{};
 
-    const auto sum_up = [&](auto holds_target, int64_t j, int64_t end) __attribute__((always_inline)) {
+    const auto sum_up = [&](auto holds_target, auto coarse, int64_t j, int64_t end) __attribute__((always_inline)) {
       I ahead = lane_numbers<V>() - static_cast<Lane>(holds_target.value ? rows.target[i] - j : 0);
       const auto add = [&](V term) {
         if constexpr (holds_target.value) term = select<V>(ahead == 0, V{}, term);
@@ -227,7 +227,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
         const int64_t stop = j + 8 * lanes < end ? j + 8 * lanes : end;
         for (; j + lanes <= stop; j += lanes) {
           __builtin_prefetch(x + j + ahead_of_use);
-          const V distance = load(x + j) - shift, term = term_of<S>(distance);
+          const V distance = load(x + j) - shift, term = term_of<coarse.value>(distance);
           if constexpr (keep) store(e + j, term);
           add(term);
           if constexpr (dense == Dense::uniform) sum_q_distance -= distance;
@@ -239,7 +239,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
         }
         if (const int64_t left = stop - j; left > 0) {
           const V distance = load_part<V>(x + j, left, -static_cast<T>(__builtin_inf())) - shift;
-          const V term = term_of<S>(distance);
+          const V term = term_of<coarse.value>(distance);
           if constexpr (keep) store_part(e + j, left, term);
           add(term);
           if constexpr (dense != Dense::none) {
@@ -261,13 +261,19 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
         }
       }
     };
-    for (int64_t begin = 0, end; begin < n; begin = end) {
-      end = begin + kBlock < n ? begin + kBlock : n;
-      if (rows.target[i] >= begin && rows.target[i] < end)
-        sum_up(Flag<true>{}, begin, end);
-      else
-        sum_up(Flag<false>{}, begin, end);
-    }
+    const auto sum_blocks = [&](auto coarse) __attribute__((always_inline)) {
+      for (int64_t begin = 0, end; begin < n; begin = end) {
+        end = begin + kBlock < n ? begin + kBlock : n;
+        if (rows.target[i] >= begin && rows.target[i] < end)
+          sum_up(Flag<true>{}, coarse, begin, end);
+        else
+          sum_up(Flag<false>{}, coarse, begin, end);
+      }
+    };
+    if (is_narrow<S> && narrow_value)
+      sum_blocks(Flag<is_narrow<S>>{});
+    else  // a float32 loss has the digits to show a coarse term
+      sum_blocks(Flag<false>{});
     rows.rest[i] = sum_lanes(total_term);
     if constexpr (dense == Dense::uniform) {
       rows.q_sum[i] = static_cast<double>(target.smooth) * n;
@@ -342,6 +348,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
                               static_cast<T>(a.label_smoothing / classes)};
   // With terms that overwrite the logits there is no second try, and sums of q (shift - x) want small distances.
   const bool in_place = keep && a.grad == a.logits, at_maximum = dense == Dense::any;
+  const bool narrow_value = a.value_dtype == a.dtype;
   T shift = 0;
   double total = 0;
 
@@ -359,7 +366,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       const int64_t y = a.index ? a.index[p] : -1;
       if (a.index && y == a.ignore_index) {
         if constexpr (want_grad) __builtin_memset(grad, 0, classes * sizeof(S));
-        if (a.value) store_one(static_cast<S*>(a.value) + p, T{0});
+        if (a.value) store_scalar(a.value_dtype, a.value, p, T{0});
         continue;
       }
       rows.position[i] = p;
@@ -367,7 +374,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       rows.logits[i] = static_cast<const S*>(a.logits) + cursor.logits;
       rows.probability[i] = a.probability ? static_cast<const S*>(a.probability) + cursor.probability : nullptr;
       rows.grad[i] = grad;
-      rows.scale[i] = a.grad_scale * (a.upstream ? load_one(static_cast<const S*>(a.upstream) + p) : 1);
+      rows.scale[i] = a.grad_scale * (a.upstream ? load_scalar<T>(a.value_dtype, a.upstream, p) : 1);
       if (y >= 0) {
         rows.target_logit[i] = load_one(rows.logits[i] + y);
         rows.weight[i] = (target.weight ? target.weight[y] : T{1}) * static_cast<T>(1 - a.label_smoothing);
@@ -382,7 +389,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       const T maximum = find_maximum(rows.logits[i], classes);
       rows.shift[i] = at_maximum ? maximum : shift_of(broadcast<V>(maximum))[0];
     }
-    add_terms<S, dense, keep>(rows, 0, rows.count, classes, target);
+    add_terms<S, dense, keep>(rows, 0, rows.count, classes, target, narrow_value);
     if (!in_place && !at_maximum) {
       const V first_shift = load(rows.shift), above = load(rows.target_logit) - first_shift;
       const auto fits = in_range(first_shift, above, round_once(load_wide(rows.rest, V{})));
@@ -391,7 +398,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
         const V maximum = broadcast<V>(find_maximum(rows.logits[i], classes));
         rows.shift[i] = other_shift(first_shift, maximum)[i];
         shift = shift_of(maximum)[0];
-        add_terms<S, dense, keep>(rows, i, i + 1, classes, target);
+        add_terms<S, dense, keep>(rows, i, i + 1, classes, target, narrow_value);
       }
     }
 
@@ -411,7 +418,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
     if (a.value) {
       T lane[lanes];
       store(lane, round_once(value));
-      for (i = 0; i < rows.count; ++i) store_one(static_cast<S*>(a.value) + rows.position[i], lane[i]);
+      for (i = 0; i < rows.count; ++i) store_scalar(a.value_dtype, a.value, rows.position[i], lane[i]);
     }
 
     if constexpr (want_grad) {
@@ -626,7 +633,8 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       }
     if (a.upstream)
       for (int64_t i = 0; i < group; ++i)
-        upstream_lane[i] = i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(dtype, a.upstream, p + i)) : T{0};
+        upstream_lane[i] =
+            i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(a.value_dtype, a.upstream, p + i)) : T{0};
 
     const bool in_place = want_grad && grad.lies_as_tile();
     T* to = in_place ? static_cast<T*>(a.grad) + grad_offset[0] : x;
@@ -709,7 +717,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         T lane[lanes];
         store(lane, value);
         const int64_t left = n - u * lanes;
-        if (left > 0) unstage_run(dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
+        if (left > 0) unstage_run(a.value_dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
       }
       if constexpr (want_grad) {
         scale[u] = a.upstream ? load(upstream_lane + u * lanes) : broadcast<V>(static_cast<T>(a.grad_scale));

@@ -45,7 +45,8 @@ __device__ __forceinline__ T require_place(T t, int64_t bins) {
   return t;
 }
 
-template <class S>
+// S: storage of logits and gradient, O: of the loss and its upstream gradient.
+template <class S, class O>
 __global__ void __launch_bounds__(kThreads)
     distribution_focal_kernel(const DistributionArgs d, const DistributionBuffers b, int lanes) {
   using T = typename ComputeOf<S>::T;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const SoftmaxArgs& a = d.rows;
   T mean_scale = static_cast<T>(a.grad_scale / denominator_of(b));
-  if (b.scalar_upstream) mean_scale *= widen(*static_cast<const S*>(b.scalar_upstream));
+  if (b.scalar_upstream) mean_scale *= widen(*static_cast<const O*>(b.scalar_upstream));
   const int lane = threadIdx.x % lanes;
   const int64_t rows = kThreads / lanes, step = rows * gridDim.x;
   Sum<T> sum;
@@ -91,11 +92,11 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) {
       const T value = weight * distribution_focal_value(sums);
       sum.add(value);
-      if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+      if (a.value) static_cast<O*>(a.value)[p] = Narrow<O>::from(value);
     }
     if (!a.grad) continue;
     T scale = mean_scale * weight;
-    if (a.upstream) scale *= widen(static_cast<const S*>(a.upstream)[p]);
+    if (a.upstream) scale *= widen(static_cast<const O*>(a.upstream)[p]);
     const T inverse = scale / (sums.rest + sums.ones);
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
     for (int64_t j = lane; j < a.classes; j += lanes) {
@@ -140,15 +141,19 @@ int64_t distribution_focal_blocks(const DistributionArgs& d) {
 }
 
 cudaError_t distribution_focal(const DistributionArgs& d, const DistributionBuffers& b, cudaStream_t stream) {
+  const bool wide = d.rows.value_dtype != d.rows.dtype;
   return for_dtype(d.rows.dtype, [&](auto type) {
-    return launch(distribution_focal_kernel<decltype(type)>, static_cast<unsigned>(distribution_focal_blocks(d)),
-                  kThreads, 1, kThreads / kWarp * sizeof(double), stream, d, b, lanes_for(d.rows.classes));
+    using S = decltype(type);
+    using Wide = typename ComputeOf<S>::T;
+    return launch(wide ? distribution_focal_kernel<S, Wide> : distribution_focal_kernel<S, S>,
+                  static_cast<unsigned>(distribution_focal_blocks(d)), kThreads, 1, kThreads / kWarp * sizeof(double),
+                  stream, d, b, lanes_for(d.rows.classes));
   });
 }
 
 cudaError_t finish_distribution_focal(const DistributionArgs& d, const DistributionBuffers& b, int64_t blocks,
                                       double factor, void* loss, cudaStream_t stream) {
-  return for_dtype(d.rows.dtype, [&](auto type) {
+  return for_dtype(d.rows.value_dtype, [&](auto type) {
     using S = decltype(type);
     return launch(finish_distribution_kernel<S>, 1, kThreads, 1, kThreads / kWarp * sizeof(double), stream, b, blocks,
                   factor, static_cast<S*>(loss));

@@ -11,7 +11,7 @@ int64_t distribution_focal_blocks(const DistributionArgs& args);
 
 // On the device; nullptr: absent.
 struct DistributionBuffers {
-  const void* scalar_upstream;  // one element of the logits' dtype
+  const void* scalar_upstream;  // one element of args.rows.value_dtype
   double* partial;              // [blocks] the blocks' sums of the values
   const double* avg_factor;     // one element: the mean divides by it, at least by 1
 };

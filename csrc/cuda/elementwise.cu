@@ -8,6 +8,9 @@
 //   target, which is read once for the pack's anchor.
 // otherwise: one element at a time, every operand by its strides.
 //
+// S is what input and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S, as
+// autocast has it. O decides how precise the formula is; beside a float O the target may be float, too.
+//
 // Labels are turned into codes and counted by a launch of their own.
 //
 // Values are added up in packs, by each thread with compensation, by the block in double, and by finish() in the
@@ -71,6 +74,27 @@ __device__ __forceinline__ typename ComputeOf<S>::T value_at(const Operand& oper
 template <class S>
 __device__ __forceinline__ typename ComputeOf<S>::T read(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
   return operand.data ? value_at<S>(operand, offset_of(a, operand, i)) : typename ComputeOf<S>::T{1};
+}
+
+// As many neighbours as a pack of S holds: a pack, or (beside a wider O) numbers that were stored as S or as O.
+template <class S>
+struct Widened {
+  typename ComputeOf<S>::T at[Pack<S>::size];
+};
+template <class S, class O>
+using Neighbours = std::conditional_t<std::is_same_v<S, O>, Pack<S>, Widened<S>>;
+template <class S, class O>
+__device__ __forceinline__ Neighbours<S, O> load_neighbours(const Operand& operand, int64_t at) {
+  if constexpr (std::is_same_v<S, O>) {
+    return load_pack(static_cast<const S*>(operand.data) + at);
+  } else {
+    Widened<S> x;
+    if (operand.dtype == DType::f32)
+      load_packs(static_cast<const O*>(operand.data) + at, x.at);
+    else
+      load_packs(static_cast<const S*>(operand.data) + at, x.at);
+    return x;
+  }
 }
 
 // The elements i, i + 1, ... of a weight, one at a time.
@@ -148,16 +172,16 @@ __device__ __forceinline__ double denominator_of(const ElementwiseBuffers& b, do
   return block_sum(count, scratch) * b.classes;
 }
 
-template <class Loss, class S>
+template <class Loss, class S, class O>
 __global__ void __launch_bounds__(kThreads, 2)
     elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
   using T = typename ComputeOf<S>::T;
-  using V = typename FormulaOf<S>::V;
+  using V = typename FormulaOf<O>::V;
   constexpr int n = Pack<S>::size;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const ElementwiseParams<V> params(a);
   T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
-  if (b.scalar_upstream) scale *= widen(*static_cast<const S*>(b.scalar_upstream));
+  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
   const bool indexed = a.index.code;
   Sum<T> sum;
 
@@ -182,9 +206,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Pack<S> x = load_pack(static_cast<const S*>(a.input.data) + at);
     const WeightRun<S> weight(a, a.weight, at, n), pos_weight(a, a.pos_weight, at, n), alpha(a, a.alpha, at, n);
     const IndexRun<T> index(a, at, n);
-    Pack<S> t, upstream;
-    if (!indexed) t = load_pack(static_cast<const S*>(a.target.data) + at);
-    if (a.upstream.data) upstream = load_pack(static_cast<const S*>(a.upstream.data) + at);
+    Neighbours<S, O> t, upstream;
+    if (!indexed) t = load_neighbours<S, O>(a.target, at);
+    if (a.upstream.data) upstream = load_neighbours<S, O>(a.upstream, at);
     T value[n], grad[n], probability[n];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
@@ -194,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (a.probability.data) probability[k] = probability_of(widen(x.at[k]));
     }
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
-    if (a.value.data) store_pack(static_cast<S*>(a.value.data) + at, narrow_pack<S>(value));
+    if (a.value.data) store_packs(static_cast<O*>(a.value.data) + at, value);
     if (a.probability.data) store_pack(static_cast<S*>(a.probability.data) + at, narrow_pack<S>(probability));
     sum.add(pairwise_sum<n>(value));
   }
@@ -204,10 +228,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T x = read<S>(a, a.input, i);
     const Target<T> target = indexed ? IndexRun<T>(a, i, 1).at(0) : Target<T>{read<S>(a, a.target, i), false};
     const T v = element(x, target, read<S>(a, a.weight, i), read<S>(a, a.pos_weight, i), read<S>(a, a.alpha, i),
-                        read<S>(a, a.upstream, i), &g);
+                        read<O>(a, a.upstream, i), &g);
     sum.add(v);
     if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(g);
-    if (a.value.data) static_cast<S*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<S>::from(v);
+    if (a.value.data) static_cast<O*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<O>::from(v);
     if (a.probability.data)
       static_cast<S*>(a.probability.data)[offset_of(a, a.probability, i)] = Narrow<S>::from(probability_of(x));
   }
@@ -218,47 +242,48 @@ __global__ void __launch_bounds__(kThreads, 2)
 }
 
 // Three blocks a multiprocessor, so that enough bytes are on their way.
-template <class Loss, class S>
+template <class Loss, class S, class O>
 __global__ void __launch_bounds__(kThreads, 3)
-    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const S* scalar_upstream,
+    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const O* scalar_upstream,
                              double* partial) {
   using T = typename ComputeOf<S>::T;
-  using V = typename FormulaOf<S>::V;
+  using V = typename FormulaOf<O>::V;
   constexpr int n = Pack<S>::size;
   const ElementwiseParams<V> params(a);
   T scale = static_cast<T>(a.grad_scale);
   if (scalar_upstream) scale *= widen(*scalar_upstream);
   Sum<T> sum;
 
-  const auto element = [&](S x, S t, T* grad) {
+  const auto element = [&](T x, T t, T* grad) {
     const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
-    const ValueGrad<V> loss = loss_of<Loss>(widen(x), widen(t), weights, params);
+    const ValueGrad<V> loss = loss_of<Loss>(x, t, weights, params);
     *grad = static_cast<T>(loss.grad) * scale;
     return static_cast<T>(loss.value);
   };
   const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
-  const auto target_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.target.data) + i * n); };
-  const auto pack = [&](int64_t i, const Pack<S>& x, const Pack<S>& t) {
+  const auto target_at = [&](int64_t i) { return load_neighbours<S, O>(a.target, i * n); };
+  const auto pack = [&](int64_t i, const Pack<S>& x, const Neighbours<S, O>& t) {
     T value[n], grad[n];
 #pragma unroll
-    for (int k = 0; k < n; ++k) value[k] = element(x.at[k], t.at[k], &grad[k]);
+    for (int k = 0; k < n; ++k) value[k] = element(widen(x.at[k]), widen(t.at[k]), &grad[k]);
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
     sum.add(pairwise_sum<n>(value));
   };
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
   const int64_t packs = packed ? count / n : 0;
   int64_t p = first;
-  for (; p + step < packs; p += 2 * step) {
-    const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
-    pack(p, x[0], t[0]);
-    pack(p + step, x[1], t[1]);
+  if constexpr (std::is_same_v<S, O>) {  // elsewhere the target may be two packs itself
+    for (; p + step < packs; p += 2 * step) {
+      const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
+      pack(p, x[0], t[0]);
+      pack(p + step, x[1], t[1]);
+    }
   }
   for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
   // The elements after the last whole pack, or all of them.
   for (int64_t i = packs * n + first; i < count; i += step) {
     T grad;
-    sum.add(element(static_cast<const S*>(a.input.data)[offset_of(a, a.input, i)],
-                    static_cast<const S*>(a.target.data)[offset_of(a, a.target, i)], &grad));
+    sum.add(element(read<S>(a, a.input, i), read<S>(a, a.target, i), &grad));
     if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
   }
   if (partial) {
@@ -288,35 +313,35 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const LabelArgs a, int
   if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
 
-template <class S>
 bool can_pack(const Operand& operand) {
-  return !operand.data || (operand.linear && misaligned(static_cast<const S*>(operand.data)) == 0 &&
-                           reinterpret_cast<uintptr_t>(operand.data) % sizeof(S) == 0);
+  return !operand.data || (operand.linear && reinterpret_cast<uintptr_t>(operand.data) % 16 == 0);
 }
 
-template <class Loss, class S>
+template <class Loss, class S, class O = S>
 cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
   bool packed = true;
-  for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability})
-    packed &= can_pack<S>(*o);
+  for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability}) packed &= can_pack(*o);
   const auto blocks = static_cast<unsigned>(elementwise_blocks(count));
   constexpr size_t shared = kThreads / kWarp * sizeof(double);
   bool plain = !a.index.code && !b.avg_factor;
   for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})
     plain &= !o->data;
   if (plain)
-    return launch(elementwise_plain_kernel<Loss, S>, blocks, kThreads, 1, shared, stream, a, count, packed,
-                  static_cast<const S*>(b.scalar_upstream), b.partial);
-  return launch(elementwise_kernel<Loss, S>, blocks, kThreads, 1, shared, stream, a, count, packed, b);
+    return launch(elementwise_plain_kernel<Loss, S, O>, blocks, kThreads, 1, shared, stream, a, count, packed,
+                  static_cast<const O*>(b.scalar_upstream), b.partial);
+  return launch(elementwise_kernel<Loss, S, O>, blocks, kThreads, 1, shared, stream, a, count, packed, b);
 }
 
 // Loss64 is the formula for double.
 template <class Loss, class Loss64 = Loss>
 cudaError_t for_dtype(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
+  const bool wide = a.value_dtype != a.input.dtype;
   switch (a.input.dtype) {
     case DType::f64: return launch_loss<Loss64, double>(a, count, b, stream);
-    case DType::bf16: return launch_loss<Loss, bf16>(a, count, b, stream);
-    case DType::f16: return launch_loss<Loss, f16>(a, count, b, stream);
+    case DType::bf16:
+      return wide ? launch_loss<Loss, bf16, float>(a, count, b, stream) : launch_loss<Loss, bf16>(a, count, b, stream);
+    case DType::f16:
+      return wide ? launch_loss<Loss, f16, float>(a, count, b, stream) : launch_loss<Loss, f16>(a, count, b, stream);
     case DType::f32: break;
   }
   return launch_loss<Loss, float>(a, count, b, stream);

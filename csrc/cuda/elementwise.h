@@ -13,7 +13,7 @@ int64_t encode_blocks(int64_t anchors);
 
 // On the device; nullptr: absent.
 struct ElementwiseBuffers {
-  const void* scalar_upstream;  // one element of the input's dtype
+  const void* scalar_upstream;  // one element of args.value_dtype
   double* partial;              // [elementwise_blocks(count)] the blocks' sums of the values
   const double* avg_factor;     // one element: the mean divides by it, at least by 1, ...
   double* counts;               // [count_blocks] ... or by the anchors not ignored,

@@ -13,8 +13,9 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMaxBlocks = 2048;  // a few for every multiprocessor there is
 
-template <class S>
-__global__ void __launch_bounds__(kThreads) scale_kernel(S* data, int64_t count, const S* upstream) {
+// O: what the loss, and so the upstream gradient, is stored in.
+template <class S, class O>
+__global__ void __launch_bounds__(kThreads) scale_kernel(S* data, int64_t count, const O* upstream) {
   using T = typename ComputeOf<S>::T;
   constexpr int n = Pack<S>::size;
   const T factor = widen(*upstream);
@@ -30,22 +31,28 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(S* data, int64_t count,
   for (int64_t i = packs * n + first; i < count; i += step) data[i] = Narrow<S>::from(widen(data[i]) * factor);
 }
 
-template <class S>
+template <class S, class O = S>
 cudaError_t launch_scale(void* data, int64_t count, const void* upstream, cudaStream_t stream) {
   const int64_t packs = count / Pack<S>::size + 1;
   const auto blocks = static_cast<unsigned>(std::min((packs + kThreads - 1) / kThreads, kMaxBlocks));
-  return launch(scale_kernel<S>, blocks, kThreads, 1, 0, stream, static_cast<S*>(data), count,
-                static_cast<const S*>(upstream));
+  return launch(scale_kernel<S, O>, blocks, kThreads, 1, 0, stream, static_cast<S*>(data), count,
+                static_cast<const O*>(upstream));
 }
 
 }  // namespace
 
-cudaError_t scale(void* data, DType dtype, int64_t count, const void* upstream, cudaStream_t stream) {
+cudaError_t scale(void* data, DType dtype, int64_t count, const void* upstream, DType upstream_dtype,
+                  cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
+  const bool wide = upstream_dtype != dtype;
   switch (dtype) {
     case DType::f64: return launch_scale<double>(data, count, upstream, stream);
-    case DType::bf16: return launch_scale<bf16>(data, count, upstream, stream);
-    case DType::f16: return launch_scale<f16>(data, count, upstream, stream);
+    case DType::bf16:
+      return wide ? launch_scale<bf16, float>(data, count, upstream, stream)
+                  : launch_scale<bf16>(data, count, upstream, stream);
+    case DType::f16:
+      return wide ? launch_scale<f16, float>(data, count, upstream, stream)
+                  : launch_scale<f16>(data, count, upstream, stream);
     case DType::f32: break;
   }
   return launch_scale<float>(data, count, upstream, stream);

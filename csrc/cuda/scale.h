@@ -8,7 +8,9 @@
 
 namespace fused_losses::cuda {
 
-// data [count] of `dtype`, dense; upstream [1] of `dtype`. Queued on `stream`; returns what the launch returned.
-cudaError_t scale(void* data, DType dtype, int64_t count, const void* upstream, cudaStream_t stream);
+// data [count] of `dtype`, dense; upstream [1] of `dtype`, or f32 beside a narrower one. Queued on `stream`; returns
+// what the launch returned.
+cudaError_t scale(void* data, DType dtype, int64_t count, const void* upstream, DType upstream_dtype,
+                  cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

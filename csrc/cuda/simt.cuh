@@ -237,6 +237,26 @@ __device__ __forceinline__ void store_pack(S* p, const Pack<S>& pack) {
   memcpy(&words, &pack, sizeof words);
   store_16_bytes(p, words);
 }
+// n neighbours, one pack of them or several.
+template <class S, int n, class T>
+__device__ __forceinline__ void load_packs(const S* p, T (&x)[n]) {
+#pragma unroll
+  for (int first = 0; first < n; first += Pack<S>::size) {
+    const Pack<S> pack = load_pack(p + first);
+#pragma unroll
+    for (int k = 0; k < Pack<S>::size; ++k) x[first + k] = widen(pack.at[k]);
+  }
+}
+template <class S, int n, class T>
+__device__ __forceinline__ void store_packs(S* p, const T (&x)[n]) {
+#pragma unroll
+  for (int first = 0; first < n; first += Pack<S>::size) {
+    T part[Pack<S>::size];
+#pragma unroll
+    for (int k = 0; k < Pack<S>::size; ++k) part[k] = x[first + k];
+    store_pack(p + first, narrow_pack<S>(part));
+  }
+}
 template <class S>
 __host__ __device__ __forceinline__ int misaligned(const S* p) {  // elements past a 16-byte boundary
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(S));

@@ -13,6 +13,9 @@
 // What it takes to move that at the memory's speed: loads in flight (asynchronous copies of a whole row's share, or
 // several loads of a thread before the first is used), and, for 16-bit logits, less than 30 instructions an element.
 //
+// S is what logits and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S,
+// as autocast has it. O decides how precise the loss's terms are; beside a float O soft targets may be float, too.
+//
 // The mean's denominator is counted on the device: by every block for few targets (they are in L2 after the first),
 // else by a launch of its own. Nothing is allocated here and the host waits for nothing.
 #include "cuda/softmax.h"
@@ -33,7 +36,9 @@ constexpr int64_t kCountHere = 1024;  // targets that every block counts itself
 constexpr unsigned kCountBlocks = 256;
 constexpr int64_t kRun = 32;  // classes that one thread adds up before it starts a new sum
 constexpr int kChunk = 8;  // of them, loaded before the first is used
-constexpr int kPacksAhead = 4;  // packs that a thread of the reread kernel loads before it uses the first
+// Packs that a thread of the reread kernel loads before it uses the first: as many as leave registers enough.
+template <bool dense, bool wide>
+constexpr int kPacksAhead = dense && wide ? 2 : 4;
 constexpr int kBlocksAtOnce = 3;  // of the staged kernel on a multiprocessor: one's loads beside another's arithmetic
 constexpr int kReserved = 1024;  // bytes of shared memory that the system takes for each block
 constexpr unsigned kMaxCluster = 8;  // what every sm_90 grants
@@ -128,9 +133,28 @@ struct DenseWeights {
   }
 };
 
+// A position's soft targets: from here on, or nullptr for none.
+template <class S, class O>
+struct SoftTarget {
+  const void* data = nullptr;
+  bool wide = false;  // they are O's
+  SoftTarget() = default;
+  __device__ __forceinline__ SoftTarget(const SoftmaxArgs& a, int64_t offset) : wide(a.probability_dtype != a.dtype) {
+    if (!a.probability) return;
+    data = wide ? static_cast<const void*>(static_cast<const O*>(a.probability) + offset)
+                : static_cast<const void*>(static_cast<const S*>(a.probability) + offset);
+  }
+  __device__ __forceinline__ typename ComputeOf<S>::T at(int64_t j) const {
+    if (!data) return 0;
+    if constexpr (!std::is_same_v<S, O>)
+      if (wide) return static_cast<const O*>(data)[j];
+    return widen(static_cast<const S*>(data)[j]);
+  }
+};
+
 // Takes x[0 .. count) in, the target's at x[at] where at is in the range: all of them before one exponential is spent
 // on a new maximum. The others are -inf.
-template <class S, bool dense, int n, class T, class Index>
+template <class O, bool dense, int n, class T, class Index>
 __device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], const T (&q)[n], Index at, int count = n) {
   T highest = x[0];
 #pragma unroll
@@ -140,7 +164,7 @@ __device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], cons
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const T distance = s.maximum - x[k];
-    term[k] = exp_term<S>(-distance);
+    term[k] = exp_term<O>(-distance);
     if constexpr (dense) {
       if (k < count) {
         s.q_sum += q[k];
@@ -240,11 +264,11 @@ template <class T>
 __device__ __forceinline__ T gradient_scale(const SoftmaxArgs& a, double denominator) {
   return static_cast<T>(a.grad_scale / denominator);
 }
-template <class S>
-__device__ __forceinline__ typename ComputeOf<S>::T upstream_of(const SoftmaxArgs& a, const SoftmaxBuffers& b,
+template <class O>
+__device__ __forceinline__ typename ComputeOf<O>::T upstream_of(const SoftmaxArgs& a, const SoftmaxBuffers& b,
                                                                 int64_t p) {
-  if (b.scalar_upstream) return widen(*static_cast<const S*>(b.scalar_upstream));
-  return a.upstream ? widen(static_cast<const S*>(a.upstream)[p]) : typename ComputeOf<S>::T{1};
+  if (b.scalar_upstream) return widen(*static_cast<const O*>(b.scalar_upstream));
+  return a.upstream ? widen(static_cast<const O*>(a.upstream)[p]) : typename ComputeOf<O>::T{1};
 }
 
 // The first logit of position p, by one of the three sets of strides.
@@ -266,7 +290,7 @@ __device__ __forceinline__ void write_partial(const SoftmaxBuffers& b, double va
 
 // ---- lanes: some threads of a warp a row -----------------------------------------------------------------------
 
-template <class S, bool dense, int items>
+template <class S, class O, bool dense, int items>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     softmax_lanes_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, int lanes) {
   using T = typename ComputeOf<S>::T;
@@ -281,8 +305,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     const int64_t p = first + threadIdx.x / lanes;
     const bool inside = p < a.positions;
     const S* row = static_cast<const S*>(a.logits) + (inside ? offset_of(a, a.logits_stride, p) : 0);
-    const S* t = inside && a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p)
-                                         : nullptr;
+    SoftTarget<S, O> t;
+    if (dense && inside && a.probability) t = {a, offset_of(a, a.probability_stride, p)};
     RowTarget<T> target{-1, false, 0, 0};
     if (inside) target = row_target<S>(a, p, row);
     // This lane's classes: lane, lane + lanes, ... The loads do not wait for each other.
@@ -295,22 +319,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
       q[k] = 0;
       if (target.live && j < classes) {
         x[k] = widen(row[j]);
-        if constexpr (dense) q[k] = weights.q(j, t ? widen(t[j]) : T{0});
+        if constexpr (dense) q[k] = weights.q(j, t.at(j));
         count = k + 1;
         if (j == target.y) at = k;
       }
     }
     __syncwarp();  // in place: every lane has read the target's logit
     RowStats<T> s = no_stats<T>();
-    if (target.live) accumulate<S, dense>(s, x, q, at, count);
+    if (target.live) accumulate<O, dense>(s, x, q, at, count);
     s = merge_lanes<dense>(s, lanes);
     if (!inside) continue;
     RowGradient<T> gradient{};
     T value = 0;
-    if (target.live) value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
+    if (target.live) value = finish_row<dense>(a, s, target, mean_scale * upstream_of<O>(a, b, p), &gradient);
     if (lane == 0) {
       sum.add(value);
-      if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+      if (a.value) static_cast<O*>(a.value)[p] = Narrow<O>::from(value);
     }
     if (!a.grad) continue;
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
@@ -344,13 +368,14 @@ struct Slice {
 // Shared memory: scratch (a double and a RowStats a warp, one RowStats for the cluster), then the staged packs.
 constexpr size_t kScratch = kThreads / kWarp * (sizeof(double) + 4 * sizeof(double)) + 4 * sizeof(double);
 
-template <class S, bool dense, bool staged>
+template <class S, class O, bool dense, bool staged>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     softmax_block_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
   using T = typename ComputeOf<S>::T;
   using Index = std::conditional_t<staged, int, int64_t>;  // what shared memory holds is counted in an int
   constexpr int n = Pack<S>::size;
   constexpr unsigned warps = kThreads / kWarp;
+  constexpr int ahead_count = kPacksAhead<dense, !std::is_same_v<S, O>>;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   RowStats<T>* warp_stats = reinterpret_cast<RowStats<T>*>(scratch + warps);
   RowStats<T>* block_stats = warp_stats + warps;
@@ -364,7 +389,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
   Sum<T> sum;
   for (int64_t p = first; p < a.positions; p += gridDim.x / blocks) {
     const S* row = static_cast<const S*>(a.logits) + offset_of(a, a.logits_stride, p);
-    const S* t = a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p) : nullptr;
+    SoftTarget<S, O> t;
+    if (dense && a.probability) t = {a, offset_of(a, a.probability_stride, p)};
     const RowTarget<T> target = row_target<S>(a, p, row);
     const Slice<S> slice(row, a.classes, rank, blocks);
     const S* x = row + slice.begin;
@@ -380,7 +406,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     const auto q_of = [&](Index i) -> T {
       if constexpr (!dense) return 0;
       const int64_t j = slice.begin + i;
-      return weights.q(j, t ? widen(t[j]) : T{0});
+      return weights.q(j, t.at(j));
     };
     // Calls visit(i, one) for the single elements of the slice, and visit_pack(i, pack) for its packs. A thread is
     // asked for the same packs every time: it reads nothing of the stage that another one has copied.
@@ -391,12 +417,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
       if constexpr (staged) {
         for (; k < packs; k += kThreads) visit_pack(head + k * n, load_pack(stage + k * n));
       } else {
-        for (; k + (kPacksAhead - 1) * kThreads < packs; k += kPacksAhead * kThreads) {
-          Pack<S> ahead[kPacksAhead];
+        for (; k + (ahead_count - 1) * kThreads < packs; k += ahead_count * kThreads) {
+          Pack<S> ahead[ahead_count];
 #pragma unroll
-          for (int u = 0; u < kPacksAhead; ++u) ahead[u] = load_pack(x + head + (k + u * kThreads) * n);
+          for (int u = 0; u < ahead_count; ++u) ahead[u] = load_pack(x + head + (k + u * kThreads) * n);
 #pragma unroll
-          for (int u = 0; u < kPacksAhead; ++u) visit_pack(head + (k + u * kThreads) * n, ahead[u]);
+          for (int u = 0; u < ahead_count; ++u) visit_pack(head + (k + u * kThreads) * n, ahead[u]);
         }
         for (; k < packs; k += kThreads) visit_pack(head + k * n, load_pack(x + head + k * n));
       }
@@ -408,7 +434,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
       for_slice(
           [&](Index i, S logit) {
             const T one[1] = {widen(logit)}, q[1] = {q_of(i)};
-            accumulate<S, dense>(s, one, q, y - i);
+            accumulate<O, dense>(s, one, q, y - i);
           },
           [&](Index i, Pack<S> pack) {
             T wide[n], q[n];
@@ -417,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
               wide[k] = widen(pack.at[k]);
               q[k] = q_of(i + k);
             }
-            accumulate<S, dense>(s, wide, q, y - i);
+            accumulate<O, dense>(s, wide, q, y - i);
           });
     }
     s = merge_lanes<dense>(s, kWarp);
@@ -432,10 +458,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
 
     RowGradient<T> gradient{};
     T value = 0;
-    if (target.live) value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
+    if (target.live) value = finish_row<dense>(a, s, target, mean_scale * upstream_of<O>(a, b, p), &gradient);
     if (threadIdx.x == 0 && rank == 0) {
       sum.add(value);
-      if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+      if (a.value) static_cast<O*>(a.value)[p] = Narrow<O>::from(value);
     }
     if (a.grad) {
       S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p) + slice.begin;
@@ -481,7 +507,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
 
 // ---- columns: a thread a position ------------------------------------------------------------------------------
 
-template <class S, bool dense>
+template <class S, class O, bool dense>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
     softmax_columns_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
   using T = typename ComputeOf<S>::T;
@@ -492,11 +518,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
   const int64_t step = int64_t{gridDim.x} * kThreads;
   for (int64_t p = int64_t{blockIdx.x} * kThreads + threadIdx.x; p < a.positions; p += step) {
     const S* x = static_cast<const S*>(a.logits) + offset_of(a, a.logits_stride, p);
-    const S* t = a.probability ? static_cast<const S*>(a.probability) + offset_of(a, a.probability_stride, p) : nullptr;
+    SoftTarget<S, O> t;
+    if (dense && a.probability) t = {a, offset_of(a, a.probability_stride, p)};
     const RowTarget<T> target = row_target<S>(a, p, x);
-    const auto q_of = [&](int64_t j) -> T {
-      return dense ? weights.q(j, t ? widen(t[j * a.probability_class_stride]) : T{0}) : T{0};
-    };
+    const auto q_of = [&](int64_t j) -> T { return dense ? weights.q(j, t.at(j * a.probability_class_stride)) : T{0}; };
     const int64_t y = target.y;
     // Classes j, j + 1, ...: their loads do not wait for each other.
     const auto load = [&](int64_t j, T(&wide)[kChunk], T(&q)[kChunk]) {
@@ -519,16 +544,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
         RowStats<T> run = no_stats<T>();
         for (int64_t j = first; j < first + kRun && j < a.classes; j += kChunk) {
           const int count = load(j, wide, q);
-          accumulate<S, dense>(run, wide, q, y - j, count);
+          accumulate<O, dense>(run, wide, q, y - j, count);
         }
         const T maximum = larger(s.maximum, run.maximum);
         s = relative_to(s, maximum);
         add(s, relative_to(run, maximum));
       }
-      value = finish_row<dense>(a, s, target, mean_scale * upstream_of<S>(a, b, p), &gradient);
+      value = finish_row<dense>(a, s, target, mean_scale * upstream_of<O>(a, b, p), &gradient);
     }
     sum.add(value);
-    if (a.value) static_cast<S*>(a.value)[p] = Narrow<S>::from(value);
+    if (a.value) static_cast<O*>(a.value)[p] = Narrow<O>::from(value);
     if (!a.grad) continue;
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
     for (int64_t j = 0; j < a.classes; j += kChunk) {
@@ -560,13 +585,13 @@ __global__ void __launch_bounds__(kFinishThreads)
   if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum / denominator));
 }
 
-template <class S, bool dense>
+template <class S, class O, bool dense>
 cudaError_t launch_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const SoftmaxBuffers& b,
                            cudaStream_t stream) {
   switch (plan.kernel) {
     case SoftmaxKernel::lanes: {
       const auto with = [&](auto items) {
-        return launch(softmax_lanes_kernel<S, dense, items>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b,
+        return launch(softmax_lanes_kernel<S, O, dense, items>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b,
                       static_cast<int>(plan.lanes));
       };
       const int64_t items = (a.classes + plan.lanes - 1) / plan.lanes;
@@ -577,14 +602,14 @@ cudaError_t launch_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const 
       return with(std::integral_constant<int, most>{});
     }
     case SoftmaxKernel::staged:
-      return launch(softmax_block_kernel<S, dense, true>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
-                    a, b);
+      return launch(softmax_block_kernel<S, O, dense, true>, plan.blocks, plan.threads, plan.cluster, plan.shared,
+                    stream, a, b);
     case SoftmaxKernel::reread:
-      return launch(softmax_block_kernel<S, dense, false>, plan.blocks, plan.threads, plan.cluster, plan.shared, stream,
-                    a, b);
+      return launch(softmax_block_kernel<S, O, dense, false>, plan.blocks, plan.threads, plan.cluster, plan.shared,
+                    stream, a, b);
     case SoftmaxKernel::columns: break;
   }
-  return launch(softmax_columns_kernel<S, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b);
+  return launch(softmax_columns_kernel<S, O, dense>, plan.blocks, plan.threads, 1, plan.shared, stream, a, b);
 }
 
 bool is_dense(const SoftmaxArgs& a) { return a.probability || a.label_smoothing != 0; }
@@ -659,13 +684,18 @@ cudaError_t softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const Softmax
   }
   return for_dtype(a.dtype, [&](auto type) {
     using S = decltype(type);
-    return is_dense(a) ? launch_softmax<S, true>(a, plan, b, stream) : launch_softmax<S, false>(a, plan, b, stream);
+    using Wide = typename ComputeOf<S>::T;
+    const auto with = [&](auto dense) {
+      return a.value_dtype != a.dtype ? launch_softmax<S, Wide, dense>(a, plan, b, stream)
+                                      : launch_softmax<S, S, dense>(a, plan, b, stream);
+    };
+    return is_dense(a) ? with(std::true_type{}) : with(std::false_type{});
   });
 }
 
 cudaError_t finish_softmax(const SoftmaxArgs& a, const SoftmaxPlan& plan, const SoftmaxBuffers& b, void* loss,
                            cudaStream_t stream) {
-  return for_dtype(a.dtype, [&](auto type) {
+  return for_dtype(a.value_dtype, [&](auto type) {
     using S = decltype(type);
     return launch(softmax_finish_kernel<S>, 1, kFinishThreads, 1, kFinishThreads / kWarp * sizeof(double), stream, a, b,
                   plan.blocks / plan.cluster, static_cast<S*>(loss));

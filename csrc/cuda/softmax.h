@@ -24,7 +24,7 @@ cudaError_t plan_softmax(const SoftmaxArgs& args, bool needs_count, int device, 
 // Doubles on the device: `partial` [plan.blocks / plan.cluster] sums of the values, `counts` [plan.count_blocks] of the
 // targets.
 struct SoftmaxBuffers {
-  const void* scalar_upstream;  // one element of the logits' dtype, or nullptr
+  const void* scalar_upstream;  // one element of args.value_dtype, or nullptr
   double* partial;              // or nullptr
   double* counts;
   unsigned count_blocks;

@@ -5,6 +5,12 @@
 namespace fused_losses {
 namespace {
 
+// Of the loss and its upstream gradient.
+DType value_dtype(DType input, bool wide) {
+  const bool narrow = input == DType::bf16 || input == DType::f16;
+  return wide && narrow ? DType::f32 : input;
+}
+
 // `tensor` seen over the shape of `input`.
 Operand operand(const Tensor& tensor, const Tensor& input, const char* name) {
   Operand result;
@@ -127,7 +133,6 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   STD_TORCH_CHECK(input.dim() <= kMaxDims, "input has ", input.dim(), " dimensions; at most ", kMaxDims);
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
 
-  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   ElementwiseCall call{};
   ElementwiseArgs& args = call.args;
   args.loss = loss;
@@ -138,6 +143,8 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   args.want_sum = forward;
   args.grad_scale = 1;
   args.input = operand(input, input, "input");
+  const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
+  args.value_dtype = value_dtype(own, options.wide);
   if (options.head && target.scalar_type() == torch::headeronly::ScalarType::Long) {
     index_target(call, input, target, options);
   } else {
@@ -153,18 +160,17 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   if (options.probability) args.probability = operand(*options.probability, input, "probability");
   if (upstream && none) args.upstream = operand(*upstream, input, "upstream");
   if (forward && none) {
-    call.value = empty_in_order(input);
+    call.value = empty_in_order(input, args.value_dtype != own);
     args.value = operand(*call.value, input, "value");
   }
   if (grad) args.grad = operand(*grad, input, "gradient");
-  const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
-  const auto fits = [&](const Operand* o) {
-    return !o->data || o->dtype == own || (options.wide && o->dtype != DType::f64);
-  };
-  for (const Operand* o : {&args.target, &args.upstream, &args.probability})
-    STD_TORCH_CHECK(fits(o), "all tensors must have the input's dtype");
+  const auto has = [](const Operand& o, DType dtype) { return !o.data || o.dtype == dtype; };
+  STD_TORCH_CHECK(has(args.target, own) || has(args.target, args.value_dtype),
+                  "target must have the input's dtype, or the loss's");
+  STD_TORCH_CHECK(has(args.probability, own), "probability must have the input's dtype");
+  STD_TORCH_CHECK(has(args.upstream, args.value_dtype), "the upstream gradient must have the loss's dtype");
   for (const Operand* o : {&args.weight, &args.pos_weight, &args.alpha})
-    STD_TORCH_CHECK(fits(o) || o->dtype == compute, "weights must have the input's dtype, or that of its arithmetic");
+    STD_TORCH_CHECK(has(*o, own) || has(*o, compute), "weights must have the input's dtype, or that of its arithmetic");
   if (input.numel() > 0) collapse(args, input);
   return call;
 }
@@ -178,9 +184,9 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   const int64_t dim = class_dim(logits), classes = logits.size(dim);
   STD_TORCH_CHECK(classes > 0, "input has no classes: dimension ", dim, " has size 0");
 
-  STD_TORCH_CHECK(!(options.wide && none), "wide is for reductions");
   SoftmaxArgs args{};
   args.dtype = dtype_of(logits, "input");
+  args.value_dtype = value_dtype(args.dtype, options.wide);
   args.classes = classes;
   args.positions = logits.numel() / classes;
   args.logits = logits.data_ptr();
@@ -205,7 +211,9 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
     args.index = static_cast<const int64_t*>(target.data_ptr());
   } else {
     STD_TORCH_CHECK(options.ignore_index < 0, "ignore_index is ", options.ignore_index, ", but target has no indices");
-    STD_TORCH_CHECK(dtype_of(target, "target") == args.dtype, "target's dtype differs from input's");
+    args.probability_dtype = dtype_of(target, "target");
+    STD_TORCH_CHECK(args.probability_dtype == args.dtype || args.probability_dtype == args.value_dtype,
+                    "target must have the input's dtype, or the loss's");
     STD_TORCH_CHECK(target.dim() == logits.dim(), "target has ", target.dim(), " dimensions, input ", logits.dim());
     for (int64_t d = 0; d < logits.dim(); ++d)
       STD_TORCH_CHECK(target.size(d) == logits.size(d), "target has size ", target.size(d), " in dimension ", d,
@@ -223,14 +231,15 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   OptionalTensor upstream_rows;
   args.grad_scale = 1;
   if (upstream && none) {
-    STD_TORCH_CHECK(upstream->numel() == args.positions && dtype_of(*upstream, "upstream") == args.dtype,
+    STD_TORCH_CHECK(upstream->numel() == args.positions && dtype_of(*upstream, "upstream") == args.value_dtype,
                     "the upstream gradient must have the loss's shape and dtype");
     upstream_rows = torch::stable::contiguous(*upstream);
     args.upstream = upstream_rows->data_ptr();
   }
   OptionalTensor value;
   if (forward && none) {
-    value = empty_contiguous(target_sizes, logits);
+    const bool wider = args.value_dtype != args.dtype;
+    value = wider ? empty_compute(target_sizes, logits) : empty_contiguous(target_sizes, logits);
     args.value = value->data_ptr();
   }
   if (grad) {
@@ -253,6 +262,7 @@ DistributionCall distribution_call(const Tensor& logits, const Tensor& target, c
   DistributionCall call{{}, torch::stable::contiguous(target), {}, {}, {}};
   SoftmaxArgs& rows = call.args.rows;
   rows.dtype = dtype;
+  rows.value_dtype = value_dtype(dtype, options.wide);
   rows.classes = classes;
   rows.positions = logits.numel() / classes;
   rows.logits = logits.data_ptr();
@@ -270,14 +280,14 @@ DistributionCall distribution_call(const Tensor& logits, const Tensor& target, c
     call.args.weight = call.weight->data_ptr();
   }
   if (upstream && none) {
-    call.upstream = each(*upstream, dtype, "upstream");
+    call.upstream = each(*upstream, rows.value_dtype, "upstream");
     rows.upstream = call.upstream->data_ptr();
   }
   if (forward && none) {
     std::vector<int64_t> sizes;
     for (int64_t d = 0; d < logits.dim(); ++d)
       if (d != dim) sizes.push_back(logits.size(d));
-    call.value = empty_contiguous(sizes, logits);
+    call.value = rows.value_dtype != dtype ? empty_compute(sizes, logits) : empty_contiguous(sizes, logits);
     rows.value = call.value->data_ptr();
   }
   if (grad) {

@@ -12,7 +12,7 @@ struct ElementwiseOptions {
   OptionalTensor weight, pos_weight;
   double alpha_positive, alpha_negative, gamma;
   Reduction reduction;
-  bool wide = false;  // the loss is float32 whatever the input is, as autocast wants it; not for Reduction::none
+  bool wide = false;  // beside a float16 or bfloat16 input the loss is float32, as autocast wants it
   // What a detector's head asks besides. Its target may be labels, int64.
   bool head = false;
   OptionalTensor scores = {}, alpha = {}, probability = {};
@@ -57,6 +57,7 @@ struct DistributionOptions {
   OptionalTensor avg_factor;  // one double; the mean divides by the greater of it and 1
   double divisor;             // the same as a number; 0: the mean's own
   Reduction reduction;
+  bool wide;  // as in ElementwiseOptions
 };
 
 struct DistributionCall {

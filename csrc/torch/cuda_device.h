@@ -49,4 +49,11 @@ inline void same_device(const Tensor& tensor, const Tensor& like, const char* na
                   " is on another device than input");
 }
 
+// A scalar upstream gradient as a kernel reads it: one element of `dtype`.
+inline const void* one_element(const Tensor& upstream, DType dtype) {
+  STD_TORCH_CHECK(upstream.numel() == 1 && dtype_of(upstream, "upstream") == dtype,
+                  "the upstream gradient must be one element of the loss's dtype");
+  return upstream.data_ptr();
+}
+
 }  // namespace fused_losses

@@ -31,12 +31,12 @@ Tensor run(const Tensor& logits, const Tensor& target, const DistributionOptions
     }
   }
   rows.grad_scale = factor;
-  if (upstream && !none) buffers.scalar_upstream = upstream->data_ptr();
+  if (upstream && !none) buffers.scalar_upstream = one_element(*upstream, rows.value_dtype);
   OptionalTensor partial, value = call.value;
   if (reduced) {
     partial = empty_doubles(blocks, logits);
     buffers.partial = static_cast<double*>(partial->data_ptr());
-    value = empty({}, {}, logits);
+    value = rows.value_dtype == rows.dtype ? empty({}, {}, logits) : empty_compute({}, logits);
   }
   const char* what = "distribution focal loss";
   if (rows.positions > 0) check(cuda::distribution_focal(call.args, buffers, device.stream()), what);

@@ -11,7 +11,6 @@ namespace {
 
 Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const ElementwiseOptions& options,
            const Tensor* upstream, Tensor* grad) {
-  STD_TORCH_CHECK(!options.wide, "wide is for the CPU");
   same_device(target, input, "target");
   const std::pair<const OptionalTensor&, const char*> others[] = {
       {options.weight, "weight"}, {options.pos_weight, "pos_weight"}, {options.alpha, "alpha"},
@@ -34,9 +33,9 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   auto* room = doubles ? static_cast<double*>(doubles->data_ptr()) : nullptr;
   if (reduced) {
     buffers.partial = room;
-    value = empty({}, {}, input);
+    value = args.value_dtype == args.input.dtype ? empty({}, {}, input) : empty_compute({}, input);
   }
-  if (upstream && !none) buffers.scalar_upstream = upstream->data_ptr();
+  if (upstream && !none) buffers.scalar_upstream = one_element(*upstream, args.value_dtype);
   if (by_avg_factor) {
     STD_TORCH_CHECK(dtype_of(*options.avg_factor, "avg_factor") == DType::f64 && options.avg_factor->numel() == 1,
                     "avg_factor must be one double");
@@ -57,7 +56,7 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   if (count > 0) check(cuda::elementwise(args, count, buffers, device.stream()), "element-wise loss");
   if (reduced) {
     // The mean of nothing is 0 times infinity, or 0 by 0: nan, as in torch.
-    check(cuda::finish(buffers, count > 0 ? blocks : 0, factor, value->data_ptr(), args.input.dtype, device.stream()),
+    check(cuda::finish(buffers, count > 0 ? blocks : 0, factor, value->data_ptr(), args.value_dtype, device.stream()),
           "element-wise loss");
   }
   return forward ? *value : *upstream;

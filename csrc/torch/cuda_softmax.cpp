@@ -9,7 +9,6 @@ namespace {
 
 Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& options, const Tensor* upstream,
            Tensor* grad) {
-  STD_TORCH_CHECK(!options.wide, "wide is for the CPU");
   same_device(target, logits, "target");
   if (options.weight) same_device(*options.weight, logits, "weight");
   if (upstream) same_device(*upstream, logits, "upstream");
@@ -23,10 +22,10 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
   check(cuda::plan_softmax(args, mean, device.index(), &plan), "softmax loss");
   const bool reduced = forward && !none;
   OptionalTensor value = call.value;
-  if (reduced) value = empty({}, {}, logits);
+  if (reduced) value = args.value_dtype == args.dtype ? empty({}, {}, logits) : empty_compute({}, logits);
   const Tensor doubles = empty_doubles(plan.count_blocks + (reduced ? plan.blocks : 0) + 1, logits);
   auto* counts = static_cast<double*>(doubles.data_ptr());
-  const cuda::SoftmaxBuffers buffers{upstream && !none ? upstream->data_ptr() : nullptr,
+  const cuda::SoftmaxBuffers buffers{upstream && !none ? one_element(*upstream, args.value_dtype) : nullptr,
                                      reduced ? counts + plan.count_blocks : nullptr, counts, plan.count_blocks, mean};
   if (args.positions == 0) plan.blocks = 0;
   if (args.positions > 0) check(cuda::softmax(args, plan, buffers, device.stream()), "softmax loss");

@@ -5,15 +5,16 @@
 namespace fused_losses {
 namespace {
 
-// gradient [*], dense; upstream: one element of its dtype, on its device
+// gradient [*], dense; upstream: one element of its dtype, or float32 beside a narrower one, on its device
 void scale_(Tensor gradient, Tensor upstream) {
   same_device(upstream, gradient, "upstream");
-  STD_TORCH_CHECK(upstream.numel() == 1 && upstream.scalar_type() == gradient.scalar_type(),
-                  "upstream must be one element of the gradient's dtype");
+  const DType dtype = dtype_of(gradient, "gradient"), given = dtype_of(upstream, "upstream");
+  const bool wide = given == DType::f32 && dtype != DType::f64;
+  STD_TORCH_CHECK(upstream.numel() == 1 && (given == dtype || wide),
+                  "upstream must be one element of the gradient's dtype, or float32 beside a narrower one");
   const OnDevice device(gradient);
   if (gradient.numel() == 0) return;
-  check(cuda::scale(gradient.data_ptr(), dtype_of(gradient, "gradient"), gradient.numel(), upstream.data_ptr(),
-                    device.stream()),
+  check(cuda::scale(gradient.data_ptr(), dtype, gradient.numel(), upstream.data_ptr(), given, device.stream()),
         "scale_");
 }
 

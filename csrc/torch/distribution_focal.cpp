@@ -51,7 +51,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const DistributionOptions
   });
   if (!forward) return *upstream;
   if (none) return *call.value;
-  return scalar(sum / divisor, logits);
+  return scalar(sum / divisor, logits, rows.value_dtype != rows.dtype);
 }
 
 }  // namespace

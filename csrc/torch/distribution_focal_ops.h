@@ -13,9 +13,9 @@ namespace {
 Tensor run(const Tensor& logits, const Tensor& target, const DistributionOptions& options, const Tensor* upstream,
            Tensor* grad);
 
-#define OPTION_PARAMETERS OptionalTensor weight, OptionalTensor avg_factor, double divisor, int64_t reduction
+#define OPTION_PARAMETERS OptionalTensor weight, OptionalTensor avg_factor, double divisor, int64_t reduction, bool wide
 #define OPTIONS \
-  DistributionOptions { weight, avg_factor, divisor, static_cast<Reduction>(reduction) }
+  DistributionOptions { weight, avg_factor, divisor, static_cast<Reduction>(reduction), wide }
 
 Tensor forward(Tensor logits, Tensor target, OPTION_PARAMETERS) {
   return run(logits, target, OPTIONS, nullptr, nullptr);
@@ -39,7 +39,8 @@ void backward_(Tensor upstream, Tensor logits, Tensor target, OPTION_PARAMETERS)
 
 }  // namespace
 
-#define OPTION_SCHEMA "Tensor target, Tensor? weight, Tensor? avg_factor, float divisor, int reduction)"
+#define OPTION_SCHEMA \
+  "Tensor target, Tensor? weight, Tensor? avg_factor, float divisor, int reduction, bool wide=False)"
 #define FUSED_LOSSES_DEFINE_DISTRIBUTION_FOCAL(m)                                                  \
   m.def("distribution_focal(Tensor input, " OPTION_SCHEMA " -> Tensor");                           \
   m.def("distribution_focal_train(Tensor input, " OPTION_SCHEMA " -> (Tensor, Tensor)");           \

@@ -66,7 +66,7 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
                                std::to_string(outside));
   }
   if (none) return *call.value;
-  return scalar(sum / divisor, input, options.wide);
+  return scalar(sum / divisor, input, args.value_dtype != args.input.dtype);
 }
 
 }  // namespace

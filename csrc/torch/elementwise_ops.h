@@ -7,7 +7,9 @@
 // Shapes: input, target and every gradient [*]; weights and alpha broadcast to [*].
 //
 // NAME_anchors, NAME_anchors_train, ... are the same of a detector's head: target is dense, [*], or int64 labels, [*]
-// without dimension class_dim, with scores of their shape; avg_factor is one double; probability [*] is written to.
+// without dimension class_dim, with scores of their shape; avg_factor is one double. NAME_anchors.probability, and the
+// same of the two train forms, write sigmoid(input) to probability [*], too: overloads, since torch.compile takes an op
+// apart that may write to one of its arguments.
 #pragma once
 #include <tuple>
 
@@ -29,8 +31,8 @@ ElementwiseOptions options(const OptionalTensor& scores, const OptionalTensor& w
                            const OptionalTensor& alpha, const OptionalTensor& avg_factor, double divisor,
                            double positive, double negative, int64_t background, int64_t ignore_index,
                            int64_t class_dim, double alpha_positive, double alpha_negative, double gamma,
-                           bool detach_weight, int64_t reduction, const OptionalTensor& probability) {
-  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, false);
+                           bool detach_weight, int64_t reduction, bool wide, const OptionalTensor& probability = {}) {
+  ElementwiseOptions all = options(weight, pos_weight, alpha_positive, alpha_negative, gamma, reduction, wide);
   all.head = true;
   all.scores = scores;
   all.alpha = alpha;
@@ -71,10 +73,10 @@ struct FiveOps {
 };
 template <Elementwise loss>
 using Plain = FiveOps<loss, OptionalTensor, OptionalTensor, double, double, double, int64_t, bool>;
-template <Elementwise loss>
+template <Elementwise loss, class... Probability>
 using Anchors =
     FiveOps<loss, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, double, double,
-            double, int64_t, int64_t, int64_t, double, double, double, bool, int64_t, OptionalTensor>;
+            double, int64_t, int64_t, int64_t, double, double, double, bool, int64_t, bool, Probability...>;
 
 }  // namespace
 
@@ -88,7 +90,7 @@ using Anchors =
   "Tensor target, Tensor? scores, Tensor? weight, Tensor? pos_weight, Tensor? alpha, Tensor? avg_factor, " \
   "float divisor, float positive, float negative, int background, int ignore_index, int class_dim, "       \
   "float alpha_positive, float alpha_negative, float gamma, bool detach_weight, int reduction, "           \
-  "*, Tensor(b!)? probability=None)"
+  "bool wide=False"
 
 #define DEFINE_FIVE(name, SCHEMA)                                              \
   m.def(name "(Tensor input, " SCHEMA " -> Tensor");                           \
@@ -97,7 +99,12 @@ using Anchors =
   m.def(name "_backward(Tensor upstream, Tensor input, " SCHEMA " -> Tensor"); \
   m.def(name "_backward_(Tensor upstream, Tensor(a!) input, " SCHEMA " -> ()");
 #define FUSED_LOSSES_DEFINE_ELEMENTWISE(name) DEFINE_FIVE(#name, PLAIN_SCHEMA)
-#define FUSED_LOSSES_DEFINE_ANCHORS(name) DEFINE_FIVE(#name "_anchors", ANCHORS_SCHEMA)
+#define PROBABILITY_SCHEMA ANCHORS_SCHEMA ", *, Tensor(b!) probability)"
+#define FUSED_LOSSES_DEFINE_ANCHORS(name)                                                             \
+  DEFINE_FIVE(#name "_anchors", ANCHORS_SCHEMA ")")                                                   \
+  m.def(#name "_anchors.probability(Tensor input, " PROBABILITY_SCHEMA " -> Tensor");                 \
+  m.def(#name "_anchors_train.probability(Tensor input, " PROBABILITY_SCHEMA " -> (Tensor, Tensor)"); \
+  m.def(#name "_anchors_train_.probability(Tensor(a!) input, " PROBABILITY_SCHEMA " -> Tensor");
 
 #define IMPLEMENT_FIVE(name, OPS)                      \
   m.impl(name, TORCH_BOX(&OPS::forward));              \
@@ -106,6 +113,11 @@ using Anchors =
   m.impl(name "_backward", TORCH_BOX(&OPS::backward)); \
   m.impl(name "_backward_", TORCH_BOX(&OPS::backward_));
 #define FUSED_LOSSES_IMPLEMENT_ELEMENTWISE(name) IMPLEMENT_FIVE(#name, Plain<Elementwise::name>)
-#define FUSED_LOSSES_IMPLEMENT_ANCHORS(name) IMPLEMENT_FIVE(#name "_anchors", Anchors<Elementwise::name>)
+#define FUSED_LOSSES_IMPLEMENT_ANCHORS(name)                                             \
+  IMPLEMENT_FIVE(#name "_anchors", Anchors<Elementwise::name>)                           \
+  using WithProbability_##name = Anchors<Elementwise::name, Tensor>;                     \
+  m.impl(#name "_anchors.probability", TORCH_BOX(&WithProbability_##name::forward));     \
+  m.impl(#name "_anchors_train.probability", TORCH_BOX(&WithProbability_##name::train)); \
+  m.impl(#name "_anchors_train_.probability", TORCH_BOX(&WithProbability_##name::train_));
 
 }  // namespace fused_losses

@@ -16,6 +16,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
            Tensor* grad) {
   SoftmaxCall call = softmax_call(logits, target, options, upstream, grad);
   SoftmaxArgs& args = call.args;
+  STD_TORCH_CHECK(!args.probability || args.probability_dtype == args.dtype, "target must have the input's dtype");
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
   const bool index = args.index != nullptr;
   const int64_t classes = args.classes;
@@ -49,7 +50,7 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
       parallel_sum(args.positions, chunk, [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
   if (!forward) return *upstream;
   if (none) return *call.value;
-  return scalar(options.reduction == Reduction::mean ? sum / denominator : sum, logits, options.wide);
+  return scalar(options.reduction == Reduction::mean ? sum / denominator : sum, logits, args.value_dtype != args.dtype);
 }
 
 }  // namespace

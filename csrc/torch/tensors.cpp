@@ -80,7 +80,11 @@ Tensor empty_compute(Sizes sizes, const Tensor& like) {
                   like);
 }
 
-Tensor empty_in_order(const Tensor& like) {
+Tensor empty_in_order(const Tensor& like, bool wide) {
+  if (wide) {
+    const Tensor order = like.is_contiguous() ? like : torch::stable::empty_like(like);
+    return empty_as(like.sizes(), order.strides(), aoti_torch_dtype_float32(), like);
+  }
   if (like.is_contiguous()) return empty(like.sizes(), like.strides(), like);
   return torch::stable::empty_like(like);
 }

@@ -22,7 +22,8 @@ DType dtype_of(const Tensor& tensor, const char* name);
 Tensor empty(Sizes sizes, Sizes strides, const Tensor& like);
 Tensor empty_contiguous(Sizes sizes, const Tensor& like);
 // Dense, with the dimensions in `like`'s order of memory: its own strides where it is dense itself.
-Tensor empty_in_order(const Tensor& like);
+// wide: in float32.
+Tensor empty_in_order(const Tensor& like, bool wide = false);
 Tensor scalar(double value, const Tensor& like, bool wide = false);  // on the CPU; wide: float32
 Tensor empty_doubles(int64_t count, const Tensor& like);  // on its device
 Tensor empty_codes(int64_t count, const Tensor& like);    // int32, on its device

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import _checks, reference
-from .._anchors import AvgFactor, autocasting, avg_factor_of
+from .._anchors import AvgFactor, autocasting, avg_factor_of, under_autocast
 from .._autograd import evaluate
 from .._ops import LossOps
 
@@ -70,17 +70,22 @@ def distribution_focal_loss(
     Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388.
     """
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
-    if autocasting(input):
-        input = _checks.autocast(input)
-        with torch.autocast(input.device.type, enabled=False):
-            return distribution_focal_loss(
-                input,
-                target,
-                weight,
-                reduction,
-                avg_factor=avg_factor,
-                inplace_backward=inplace_backward,
-            )
+    if not autocasting(input):
+        return _evaluate(_OPS, input, target, weight, reduction, avg_factor, inplace_backward)
+    ops, input = under_autocast(_OPS, input)
+    with torch.autocast(input.device.type, enabled=False):
+        return _evaluate(ops, input, target, weight, reduction, avg_factor, inplace_backward)
+
+
+def _evaluate(
+    ops: LossOps,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    avg_factor: AvgFactor,
+    inplace_backward: bool,
+) -> Tensor:
     code = _checks.reduction_code(reduction)
     factor, divisor = avg_factor_of(avg_factor, reduction)
     if input.dtype not in _checks.DTYPES:
@@ -102,9 +107,9 @@ def distribution_focal_loss(
     tensors = (target.to(wide), weight, factor)
     options = (divisor, code)
     if not _checks.reachable(logits, *tensors):
-        return _reference(logits, *tensors, *options)
+        return ops.reference(logits, *tensors, *options)
     stored = code != _checks.NONE and input.dtype != torch.float16
-    return evaluate(_OPS, inplace_backward, stored, logits, tensors, options)
+    return evaluate(ops, inplace_backward, stored, logits, tensors, options)
 
 
 def _for_each_target(weight: Tensor, target: Tensor) -> Tensor:

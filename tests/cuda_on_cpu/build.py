@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -27,9 +28,16 @@ def compiler() -> str:
 def library(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC) -> Path:
     """The shared object, built in `folder` unless it is newer than everything it is made of."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the suite's processes build it once
+        return _library(folder, sanitize, csrc)
+
+
+def _library(folder: Path, sanitize: bool, csrc: Path) -> Path:
     result = folder / "simt.so"
     sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("torch/cuda_*.cpp")]
-    sources += [csrc / "torch/tensors.cpp", csrc / "torch/arguments.cpp", HERE / "simt.cpp"]
+    sources += [csrc / f"torch/{name}.cpp" for name in ("arguments", "kept_memory", "tensors")]
+    sources += [HERE / "simt.cpp"]
     depends = [
         path
         for root in (csrc, HERE)

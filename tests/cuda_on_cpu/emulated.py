@@ -7,11 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fused_losses import _autograd
-from fused_losses._ops import LossOps
+from fused_losses._ops import FORWARD, LossOps
 from fused_losses.detection import pairwise
 
 _PLACES = [
@@ -37,12 +38,13 @@ def emulated(library: Path) -> Iterator[None]:
         module = sys.modules[module_name]
         ours: LossOps = getattr(module, attribute)
         before.append((module, attribute, ours))
-        forms = {
+        forms: dict[str, Any] = {
             "forward": getattr(ops, name).default,
             "train": getattr(ops, name + "_train").default,
             "train_": getattr(ops, name + "_train_").default,
             "backward": getattr(ops, name + "_backward").default,
             "backward_": getattr(ops, name + "_backward_").default,
+            "writing": tuple(getattr(ops, name + form).probability for form in FORWARD if ours.writing),
         }
         setattr(module, attribute, dataclasses.replace(ours, **forms))
     for module, attribute, name in (

@@ -155,6 +155,24 @@ MUTANTS = [
         "if (first + lane < a.anchors) {",
         "if (first + lane <= a.anchors) {",
     ),
+    (
+        "a float32 loss by the formula for 16 bits",
+        "cuda/elementwise.cu",
+        "using V = typename FormulaOf<O>::V;",
+        "using V = typename FormulaOf<S>::V;",
+    ),
+    (
+        "an upstream gradient is read in the logits' dtype",
+        "cuda/softmax.cu",
+        "upstream_of<O>(a, b, p)",
+        "upstream_of<S>(a, b, p)",
+    ),
+    (
+        "a float target is read in the logits' dtype",
+        "cuda/elementwise.cu",
+        "if (operand.dtype == DType::f32)\n      load_packs",
+        "if (false)\n      load_packs",
+    ),
     ("ignored targets are counted", "cuda/softmax.cu", "    if (y == a.ignore_index) continue;\n", ""),
 ]
 
