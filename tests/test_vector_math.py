@@ -38,7 +38,7 @@ BOUNDS = [
     ("log", np.float64, 1.0),
     ("log1p", np.float32, 1.0),
     ("log1p", np.float64, 1.0),
-    ("log1p_unit", np.float32, 2.0),
+    ("log1p_unit", np.float32, 1.5),
     ("log1p_unit", np.float64, 1.0),
     ("odds", np.float32, 1.5),
     ("odds", np.float64, 1.5),

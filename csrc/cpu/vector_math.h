@@ -231,7 +231,7 @@ FL_FN V log1p(V x) {
 FL_FN vf log1p_unit(vf e) {
   static constexpr float c[] = {0.9999999947f,  -0.4999989265f, 0.333297105f,    -0.2495161626f, 0.1966327426f,
                                 -0.1526966707f, 0.105436238f,   -0.05637361283f, 0.01954252726f, -0.003176057018f};
-  return e * polynomial_by_halves(c, e);
+  return e * polynomial(c, e);
 }
 FL_FN vd log1p_unit(vd e) { return log1p(e); }
 
