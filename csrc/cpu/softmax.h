@@ -1,9 +1,8 @@
 // Cross entropy and softmax focal loss. Included inside each level's namespace. Two loops, one result:
 //
 // softmax_rows: classes are contiguous, a vector holds neighbouring classes of one row. The row is read from
-//   memory once: block by block, its maximum is found and its exponentials are summed and stored while the
-//   block sits in L1; a second sweep over the stored exponentials, now in L2, turns them into the gradient.
-//   Between the two stand the row's formulas, evaluated for a group of short rows at once.
+//   memory once: its exponentials are summed and stored; a second sweep over the stored exponentials, now in L2, turns
+//   them into the gradient. Between the two stand the row's formulas, evaluated for a group of short rows at once.
 // softmax_columns: a vector holds the same class of neighbouring positions, so nothing is summed across lanes. A group
 //   of positions is brought into a tile [C, group] and their gradient back, by copies where the positions are
 //   contiguous, as in (N, C, d1, ...) logits, and by transpositions where the classes are.
