@@ -1,4 +1,5 @@
-"""Builds fused_losses._C and, where it can, the CUDA kernels in fused_losses/_cuda.so, with ninja.
+"""Builds fused_losses._C, fused_losses._native_autograd and, where it can, the CUDA kernels in fused_losses/_cuda.so,
+with ninja.
 
 FUSED_LOSSES_FORCE_CUDA=1   build the CUDA kernels beside a CPU build of PyTorch too, or fail
 FUSED_LOSSES_FORCE_CPU=1    leave the CUDA kernels out
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 PIP = "python -m pip install"
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
-OPTIMISED = ["-std=c++17", "-O2", "-DNDEBUG"]
+OPTIMISED = ["-O2", "-DNDEBUG"]
 # No psabi: vector types are passed between inlined functions only.
 HOST = ["-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -179,15 +180,23 @@ def write_ninja(
 
     headers = [pybind11.get_include(), str(torch.folder / "include"), sysconfig.get_path("include")]
     common = [*OPTIMISED, "-Icsrc", *(flag for path in headers for flag in ("-isystem", path))]
-    common.append("-DTORCH_TARGET_VERSION=0x020b000000000000")
+    host = [*HOST, *shlex.split(os.environ.get("CXXFLAGS", "")), "-c"]
     libraries = shlex.join([f"-L{torch.folder}/lib", "-ltorch_cpu"]) + " " + os.environ.get("LDFLAGS", "")
 
-    rule("cxx", *cxx, *common, *HOST, *shlex.split(os.environ.get("CXXFLAGS", "")), "-c")
+    # Autograd is outside of the stable ABI: this part is for the PyTorch at hand, the others for any from 2.11 on.
+    rule("native", *cxx, "-std=c++20", *common, *host)
+    common += ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    rule("cxx", *cxx, *common, *host)
     rule("link", *cxx, "-shared", "-Wl,--no-as-needed")
     paths = [path for path in sources("*.cpp", "cpu/*.cpp", "torch/*.cpp") if "/cuda_" not in path]
-    built_for = shlex.quote(f'-DFUSED_LOSSES_CUDA_ARCHS="{";".join(architectures)}"')
+    facts = {"CUDA_ARCHS": ";".join(architectures), "TORCH": torch.version}
+    built_for = shlex.join(f'-DFUSED_LOSSES_{name}="{value}"' for name, value in facts.items())
     made = objects("cxx", paths, module=built_for)
     ninja.build(f"{folder}/_C.so", "link", made, variables={"libraries": libraries})
+    required = [f"{folder}/_C.so"]
+    made = objects("native", sources("autograd/*.cpp"))
+    python = {"libraries": f"{libraries} -ltorch_python -lc10"}
+    ninja.build(f"{folder}/_native_autograd.so", "link", made, variables=python)
 
     if nvcc:
         flags = [flag for architecture in architectures for flag in gencode(architecture)]
@@ -210,6 +219,8 @@ def write_ninja(
         libraries += f" -L{folder} -ltorch_cuda"
         stub = [f"{folder}/libtorch_cuda.so"]
         ninja.build(f"{folder}/_cuda.so", "nvlink", made, implicit=stub, variables={"libraries": libraries})
+        required.append(f"{folder}/_cuda.so")
+    ninja.build("required", "phony", required)
     (ROOT / folder / "build.ninja").write_text(out.getvalue())
 
 
@@ -255,6 +266,7 @@ class NinjaBuild(build_ext):
         say(f"CPU kernels for {', '.join(levels)}: the best the machine has is taken at load")
         say(f"CUDA kernels for {' '.join(architectures)} by {nvcc}" if nvcc else f"no CUDA kernels: {reason}")
 
+        left_out = [] if nvcc else ["_cuda"]
         folder = Path("build", str(sysconfig.get_config_var("SOABI")))
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
@@ -262,18 +274,21 @@ class NinjaBuild(build_ext):
         with (ROOT / folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would compile everything twice and spoil the log
             write_ninja(folder, torch, cxx, nvcc, architectures)
-            if subprocess.run(ninja, cwd=ROOT).returncode != 0:
-                fail("the build stopped at the error shown above.")
+            if subprocess.run([*ninja, "-k", "0"], cwd=ROOT).returncode != 0:
+                if subprocess.run([*ninja, "required"], cwd=ROOT).returncode != 0:
+                    fail("the build stopped at the error shown above.")
+                say("the compiled autograd is left out: Python's serves, some microseconds slower")
+                left_out.append("_native_autograd")
 
         for extension in list(self.extensions):
-            target = Path(self.get_ext_fullpath(extension.name))
-            if extension.name.endswith("_cuda") and not nvcc:
+            target, name = Path(self.get_ext_fullpath(extension.name)), extension.name.rpartition(".")[2]
+            if name in left_out:
                 self.extensions.remove(extension)
                 for stale in (target, ROOT / "fused_losses" / target.name):
                     stale.unlink(missing_ok=True)
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / folder / f"{extension.name.rpartition('.')[2]}.so", target)
+                shutil.copy2(ROOT / folder / f"{name}.so", target)
         for header in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]:
             copy = Path(self.build_lib, "fused_losses", "include", header.relative_to(CSRC))
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -281,6 +296,6 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("fused_losses._C", []), Extension("fused_losses._cuda", [])],
+    ext_modules=[Extension(f"fused_losses.{name}", []) for name in ("_C", "_native_autograd", "_cuda")],
     cmdclass={"build": CleanBuild, "build_ext": NinjaBuild, "dist_info": Metadata},
 )

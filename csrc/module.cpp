@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The levels this CPU runs, slowest first.");
   m.def("cuda_architectures", &cuda_architectures, "What the CUDA part was compiled for; empty if it was left out.");
+  m.def("torch_version", [] { return FUSED_LOSSES_TORCH; }, "The PyTorch it was compiled with.");
   m.def("evaluate", &evaluate, py::arg("function"), py::arg("x"), py::arg("y"), py::arg("parameter") = 0.0,
         "y[i] = function(x[i]) by the vector functions of the level in use: exp, log, log1p, log1p_unit, odds, sqrt, "
         "pow.");

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _C as native
 from . import __version__, reference
 from . import functional as F
-from ._ops import CUDA
+from ._ops import CUDA, native_autograd
 from .detection import IndexTarget
 
 torch_F = torch.nn.functional
@@ -121,6 +121,8 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     yield "CPU", f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield "CPU kernels", f"{native.cpu_level()} in use; this CPU runs {', '.join(native.cpu_levels())}"
+    form = "compiled" if native_autograd is not None else "Python's"
+    yield "autograd", f"{form}; built with torch {native.torch_version()}"
     built = ", ".join(native.cuda_architectures()) or "not built"
     if not torch.cuda.is_available():
         state = "torch sees no CUDA device"

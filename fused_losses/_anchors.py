@@ -127,7 +127,7 @@ def evaluate_anchors(
 
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
     forward, train, train_ = (partial(form, probability=probabilities) for form in loss.writing)
-    return dataclasses.replace(loss, forward=forward, train=train, train_=train_)
+    return dataclasses.replace(loss, forward=forward, train=train, train_=train_, number=None)
 
 
 def autocasting(input: Tensor) -> bool:

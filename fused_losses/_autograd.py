@@ -3,7 +3,8 @@
 `Stored` makes the gradient in the forward pass, while the logits are in the cache; backward only applies the
 upstream gradient. `Recomputed` makes it in backward, from the logits: for "none", whose upstream gradient is a
 tensor, and for fp16, where a loss scale must come in before the gradient is rounded. Both differentiate twice,
-by `reference`.
+by `reference`. Both have a compiled form, csrc/autograd/native_autograd.cpp, which takes their place beside the
+PyTorch it was compiled with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from . import _compile
-from ._ops import LossOps, scale_
+from ._ops import LossOps, by_number, native_autograd, scale_
 
 Tensors = tuple[Tensor | None, ...]
 Options = tuple[Any, ...]
@@ -45,7 +46,7 @@ class Stored(Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         gradient, *args = ctx.saved_tensors
         if _recording():
-            gradient = _differentiable(ctx, upstream, args)
+            gradient = _differentiable(ctx.loss, upstream, args, ctx.options)
         elif _keep_graph() or _is_batched(upstream):  # it serves again, or for several upstream gradients
             gradient = gradient * upstream
         else:
@@ -109,7 +110,7 @@ class Recomputed(Function):
             ctx.loss.backward_(upstream, *args, *ctx.options)
             increment_version(gradient)
         elif _recording():
-            gradient = _differentiable(ctx, upstream, args)
+            gradient = _differentiable(ctx.loss, upstream, args, ctx.options)
         else:
             gradient = ctx.loss.backward(upstream, *args, *ctx.options)
         return None, None, gradient, None, None
@@ -128,10 +129,18 @@ def _scale(gradient: Tensor, upstream: Tensor) -> None:
         scale_(gradient, upstream)
 
 
-def _differentiable(ctx: Any, upstream: Tensor, args: Sequence[Tensor]) -> Tensor:
-    value = ctx.loss.reference(*args, *ctx.options)
+def _differentiable(
+    loss: LossOps, upstream: Tensor, args: Sequence[Tensor], options: Sequence[Any]
+) -> Tensor:
+    value = loss.reference(*args, *options)
     (gradient,) = torch.autograd.grad(value, args[0], upstream, create_graph=True)
     return gradient
+
+
+def differentiable_by_number(upstream: Tensor, args: Sequence[Tensor], numbered: Sequence[Any]) -> Tensor:
+    """For the compiled form, which keeps a loss's number in front of its options."""
+    number, *options = numbered
+    return _differentiable(by_number[number], upstream, args, options)
 
 
 def _refuse_second_derivative() -> None:
@@ -164,7 +173,10 @@ def evaluate_eagerly(
     if inplace:
         _require_writable(input)
     result: Any
-    if not stored:
+    if native_autograd is not None and loss.number is not None and not inplace:
+        compiled = native_autograd.stored if stored else native_autograd.recomputed
+        result = compiled(loss.number, input, tensors, options)
+    elif not stored:
         result = _recomputed(loss, inplace, input, tensors, options)
     elif inplace:
         result = _overwritten(loss, input, tensors, options)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,13 @@ _cuda = Path(__file__).with_name("_cuda.so")
 CUDA = _cuda.exists() and torch.cuda.is_available()  # whether the ops take CUDA tensors
 if CUDA:
     torch.ops.load_library(str(_cuda))  # type: ignore[no-untyped-call]
+
+
+# Another release would not bear with it.
+_is_native = (
+    _C.torch_version() == torch.__version__ and find_spec("fused_losses._native_autograd") is not None
+)
+native_autograd = import_module("fused_losses._native_autograd") if _is_native else None
 
 
 def load_op(name: str, overload: str = "default") -> Any:
@@ -43,6 +53,7 @@ class LossOps:
     backward_: Callable[..., None]
     reference: Callable[..., Tensor]
     wide: bool = False  # see `widened`
+    number: int | None = None  # to the compiled autograd, where it serves these ops
     # forward, train and train_ that also write sigmoid(input) to `probability`, a keyword; a detector's head has them
     writing: tuple[Callable[..., Any], ...] = ()
 
@@ -54,7 +65,7 @@ class LossOps:
         def wide(op: Any) -> Any:
             return lambda *args, **keywords: op(*args, True, **keywords)
 
-        return LossOps(
+        widened = LossOps(
             self.name,
             wide(self.forward),
             wide(self.train),
@@ -65,6 +76,7 @@ class LossOps:
             wide=True,
             writing=tuple(map(wide, self.writing)),
         )
+        return widened if self.number is None else widened._registered()
 
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor], *, writes_probability: bool = False) -> LossOps:
@@ -75,9 +87,17 @@ class LossOps:
 
         writing = [load_op(name + suffix, "probability") for suffix in FORWARD if writes_probability]
         forms = op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_")
-        return LossOps(name, *forms, reference, writing=tuple(writing))
+        return LossOps(name, *forms, reference, writing=tuple(writing))._registered()
+
+    def _registered(self) -> LossOps:
+        if native_autograd is None:
+            return self
+        number = native_autograd.register_loss(self.name, self.wide)
+        by_number[number] = dataclasses.replace(self, number=number)
+        return by_number[number]
 
 
+by_number: dict[int, LossOps] = {}
 FORWARD = ("", "_train", "_train_")
 
 

@@ -72,8 +72,11 @@ def needed(library: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.*)\]", run("readelf", "--dynamic", library, cwd=ROOT))
 
 
+LIBRARIES = sorted(Path(fused_losses._C.__file__).parent.glob("*.so"))
+
+
 @pytest.mark.parametrize(
-    "library", sorted(Path(fused_losses._C.__file__).parent.glob("*.so")), ids=lambda p: p.name
+    "library", [path for path in LIBRARIES if "native_autograd" not in path.name], ids=lambda p: p.name
 )
 def test_asks_nothing_of_torch_cpp(library: Path) -> None:
     assert torch_cpp_symbols(library) == []
@@ -89,6 +92,14 @@ def test_the_symbol_check_can_fail() -> None:
 # -- Rebuilding
 
 
+ONE_LOSS = """
+import torch
+import fused_losses.functional as F
+
+print(F.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.tensor([0])).grad_fn.name())
+"""
+
+
 def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path / "tree")
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -100,6 +111,13 @@ def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     planned = run(sys.executable, "-m", "ninja", "-n", "-f", str(ninja_file.relative_to(tree)), cwd=tree)
     assert "cxx csrc/cpu/level_baseline.cpp" in planned
     assert "csrc/module.cpp" not in planned
+
+    # A PyTorch whose autograd is not as it was costs the compiled form of it and nothing else.
+    with (tree / "csrc/autograd/native_autograd.cpp").open("a") as source:
+        source.write("#error\n")
+    assert "the compiled autograd is left out" in run(*build, cwd=tree)
+    assert not list((tree / "fused_losses").glob("_native_autograd*.so"))
+    assert "StoredBackward" in run(sys.executable, "-c", ONE_LOSS, cwd=tree)
 
 
 # -- Distributions

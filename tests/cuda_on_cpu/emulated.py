@@ -46,7 +46,7 @@ def emulated(library: Path) -> Iterator[None]:
             "backward_": getattr(ops, name + "_backward_").default,
             "writing": tuple(getattr(ops, name + form).probability for form in FORWARD if ours.writing),
         }
-        setattr(module, attribute, dataclasses.replace(ours, **forms))
+        setattr(module, attribute, dataclasses.replace(ours, **forms, number=None))
     for module, attribute, name in (
         (_autograd, "scale_", "scale_"),
         (pairwise, "_cost", "pairwise_bce_cost"),
