@@ -70,6 +70,17 @@ def test_many_positions(dtype: torch.dtype, kind: str) -> None:
         check(logits, target=target, reduction=reduction)
 
 
+@pytest.mark.every_level
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bins", [1, 5, 16])
+def test_rows_far_from_zero_among_others(bins: int, dtype: torch.dtype) -> None:
+    for kind in ("ordinary", "confident"):
+        logits, target = draw((300, bins), dtype, kind)
+        far = torch.tensor([0.0, 0.0, 0.0, 100.0, -100.0, 1e4, -1e4], dtype=dtype)
+        logits += far[torch.randint(7, (300, 1))]
+        check(logits, target=target, reduction="none")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "sliced", "stepped"])
 @pytest.mark.parametrize("shape", [(16,), (33, 16), (9, 4, 16), (2, 5, 4, 17)])
 def test_layouts(shape: tuple[int, ...], layout: str) -> None:

@@ -1,109 +1,127 @@
 // Distribution focal loss. Included inside each level's namespace, after softmax.h. Rows are short (16 bins): a vector
 // holds one bin of neighbouring positions, and nothing is summed across lanes. A group of positions is brought into a
-// tile [C, group] (Columns), which holds their logits, then the exponentials, then the gradient.
+// tile [C, group] (Columns), which holds their logits, then exp(x - shift), then the gradient.
 
 template <class T, bool want_grad>
 static double distribution_focal_range(const DistributionArgs& d, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::V;
+  using I = typename Lanes<V>::Int;
+  using Lane = decltype(I{}[0] + 0);
   constexpr int vectors = FUSED_LOSSES_VECTOR_BYTES == 64 ? 4 : 2;  // as many as the registers hold
   constexpr int lanes = Lanes<V>::count, group = vectors * lanes;
 
   const SoftmaxArgs& a = d.rows;
   const int64_t classes = a.classes, last = a.ndim - 1;
   const auto tile = std::unique_ptr<T[]>(new T[classes * group]), column = std::unique_ptr<T[]>(new T[classes]);
+  const auto number = std::unique_ptr<T[]>(new T[classes]);
+  for (int64_t c = 0; c < classes; ++c) number[c] = static_cast<T>(c);
   T* const x = tile.get();  // [C, group]
   const T *target = static_cast<const T*>(d.target), *weight = static_cast<const T*>(d.weight);
-  double total = 0;
+  vd total{};
 
-  Cursor cursor(a, begin);
+  T staged[group];
   int64_t logits_offset[group], grad_offset[group];
+  Cursor cursor(a, begin);
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
     const bool one_run = cursor.left_in_run() >= n;
-    for (int64_t i = 0; i < n;) {
-      const int64_t run = cursor.left_in_run() < n - i ? cursor.left_in_run() : n - i;
-      for (int64_t k = 0; k < run; ++k) {
-        logits_offset[i + k] = cursor.logits + k * a.logits_stride[last];
-        grad_offset[i + k] = cursor.grad + k * a.grad_stride[last];
-      }
-      cursor.advance(run);
-      i += run;
+    if (one_run) {
+      logits_offset[0] = cursor.logits;
+      grad_offset[0] = cursor.grad;
+      cursor.advance(n);
+    }
+    for (int64_t i = one_run ? n : 0; i < n; ++i) {
+      logits_offset[i] = cursor.logits;
+      grad_offset[i] = cursor.grad;
+      cursor.advance(1);
     }
     const auto columns = [&](const int64_t* offset, int64_t stride, int64_t class_stride) {
       return Columns<T>{a.dtype, offset, one_run ? stride : 0, class_stride, classes, n, group, column.get()};
     };
-    columns(logits_offset, a.logits_stride[last], a.logits_class_stride).read(a.logits, x);
-
-    alignas(64) T place[group] = {}, factor[group] = {}, scale[group] = {};  // a lane past the end counts for nothing
-    for (int64_t i = 0; i < n; ++i) {
-      place[i] = target[p + i];
-      factor[i] = weight ? weight[p + i] : T{1};
-      scale[i] = static_cast<T>(a.grad_scale * factor[i]);
-    }
-    for (int64_t i = 0; a.upstream && i < n; ++i) scale[i] *= load_scalar<T>(a.value_dtype, a.upstream, p + i);
-
-    V highest[vectors];
+    const auto logits = columns(logits_offset, a.logits_stride[last], a.logits_class_stride);
+    // 0 in a lane past the end.
+    const auto of_positions = [&](const T* from, int u) {
+      const int64_t rest = n - u * lanes;
+      return rest >= lanes ? load(from + u * lanes) : rest > 0 ? load_part<V>(from + u * lanes, rest, 0) : V{};
+    };
+    logits.read(a.logits, x);
+    NeighbourSums<V> row[vectors];
+    V left_bin[vectors], shift[vectors] = {};
+    for (bool retried = false;; retried = true) {
+      I misfit[vectors], any{};
+      for (int u = 0; u < vectors; ++u) {  // one at a time: the sums of several would not fit the registers
+        const V place = of_positions(target + p, u), nearest = round_to_integer(place);
+        const V below = select<V>(nearest > place, nearest - 1, nearest);
+        // The last bin is a right neighbour, where it is not the only one.
+        const V left = at_least(at_most(below, broadcast<V>(static_cast<T>(classes - 2))), V{}), right = left + 1;
+        V z_left{}, z_right = broadcast<V>(static_cast<T>(-__builtin_inf()));
+        LongSum<V> others;
+        const auto add_bin = [&](int64_t c) {
+          T* const at = x + c * group + u * lanes;
+          const V bin = broadcast<V>(number[c]), z = load(at) - shift[u], term = exp_term(z);
+          const auto is_left = bin == left, is_right = bin == right;
+          z_left = select<V>(is_left, z, z_left);
+          z_right = select<V>(is_right, z, z_right);
+          others.add(select<V>(is_left | is_right, V{}, term));
+          if constexpr (want_grad) store(at, term);
+        };
+        int64_t c = 0;
+        for (; c + 4 <= classes; c += 4) {
 #pragma GCC unroll 4
-    for (V& vector : highest) vector = broadcast<V>(lowest<T>);
-    for (int64_t c = 0; c < classes; ++c)
-#pragma GCC unroll 4
-      for (int u = 0; u < vectors; ++u) highest[u] = at_least(load(x + c * group + u * lanes), highest[u]);
-
-    LongSum<V> rest[vectors];
-    V ones[vectors] = {}, distances[vectors] = {};
-    for (int64_t c = 0; c < classes; ++c) {
-      const V bin = broadcast<V>(static_cast<T>(c));
-#pragma GCC unroll 4
-      for (int u = 0; u < vectors; ++u) {
-        const V distance = highest[u] - load(x + c * group + u * lanes), term = exp_term(-distance);
-        const V q = neighbour_weight(load(place + u * lanes), bin);
-        if constexpr (want_grad) store(x + c * group + u * lanes, term);
-        rest[u].add(select<V>(distance == 0, V{}, term));
-        ones[u] += select<V>(distance == 0, broadcast<V>(1), V{});
-        distances[u] += select<V>(q > 0, q * distance, V{});  // two terms, and a bin of -inf beside them is none
+          for (int64_t k = 0; k < 4; ++k) add_bin(c + k);
+          others.end_run();
+        }
+        for (; c < classes; ++c) add_bin(c);
+        others.end_run();
+        left_bin[u] = left;
+        row[u] = {right - place, place - left, z_left, z_right, exp_term(z_left), exp_term(z_right), others.total};
+        misfit[u] = ~serves_unshifted(row[u]);
+        any |= misfit[u];
       }
-      if (c % 4 == 3 || c + 1 == classes)
-#pragma GCC unroll 4
-        for (int u = 0; u < vectors; ++u) rest[u].end_run();
+      if (retried || !any_lane(any)) break;
+      logits.read(a.logits, x);
+      for (int u = 0; u < vectors; ++u) {
+        V highest = broadcast<V>(lowest<T>);
+        for (int64_t c = 0; c < classes; ++c) highest = at_least(load(x + c * group + u * lanes), highest);
+        shift[u] = select<V>(misfit[u], highest, V{});
+      }
     }
 
-    V inverse[vectors];
-    BinSums<V> sums[vectors];
+    const T* upstream = a.upstream ? stage_run(a.value_dtype, a.upstream, p, 1, n, staged) : nullptr;
+    V scale[vectors];
 #pragma GCC unroll 4
     for (int u = 0; u < vectors; ++u) {
-      sums[u] = {rest[u].total, ones[u], distances[u]};
-      const V factors = load(factor + u * lanes);
-      V value = factors * distribution_focal_value(sums[u]);
-      if (n < group) {  // lanes past the end
+      const int64_t rest = n - u * lanes;
+      V factor = weight ? of_positions(weight + p, u) : broadcast<V>(1);
+      V value = factor * distribution_focal_value(row[u]);
+      if (rest < lanes) value = select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(rest), value, V{});
+      total += to_double_sum(value);
+      if (a.value && rest > 0) {
         T lane[lanes];
         store(lane, value);
-        const int64_t left = n - u * lanes;
-        value = left > 0 ? load_part<V>(lane, left < lanes ? left : lanes, 0) : V{};
+        unstage_run(a.value_dtype, a.value, p + u * lanes, 1, rest < lanes ? rest : lanes, lane);
       }
-      total += sum_lanes(to_double_sum(value));
-      if (a.value) {
-        T lane[lanes];
-        store(lane, value);
-        const int64_t left = n - u * lanes;
-        if (left > 0) unstage_run(a.value_dtype, a.value, p + u * lanes, 1, left < lanes ? left : lanes, lane);
-      }
-      inverse[u] = load(scale + u * lanes) / (sums[u].rest + sums[u].ones);
+      if (upstream) factor *= of_positions(upstream, u);
+      scale[u] = broadcast<V>(static_cast<T>(a.grad_scale)) * factor;
     }
 
     if constexpr (want_grad) {
-      for (int64_t c = 0; c < classes; ++c) {
-        const V bin = broadcast<V>(static_cast<T>(c));
+      for (int u = 0; u < vectors; ++u) {
+        const NeighbourSums<V>& s = row[u];
+        const V inverse = scale[u] / sum_of(s), left = left_bin[u], right = left + 1;
+        const V left_slope = inverse * neighbour_slope(s.left_weight, s.left, s.right_weight, s.right, s.others);
+        const V right_slope = inverse * neighbour_slope(s.right_weight, s.right, s.left_weight, s.left, s.others);
 #pragma GCC unroll 4
-        for (int u = 0; u < vectors; ++u) {
-          T* at = x + c * group + u * lanes;
-          const V q = neighbour_weight(load(place + u * lanes), bin);
-          store(at, distribution_focal_slope(sums[u], load(at), q, inverse[u]));
+        for (int64_t c = 0; c < classes; ++c) {
+          T* const at = x + c * group + u * lanes;
+          const V bin = broadcast<V>(number[c]);
+          store(at, select<V>(bin == left, left_slope, select<V>(bin == right, right_slope, load(at) * inverse)));
         }
       }
       columns(grad_offset, a.grad_stride[last], a.grad_class_stride).write(a.grad, x);
     }
   }
-  return total;
+  return sum_lanes(total);
 }
 
 static double distribution_focal(const DistributionArgs& d, int64_t begin, int64_t end) {
@@ -118,14 +136,17 @@ static double distribution_focal(const DistributionArgs& d, int64_t begin, int64
 // The lowest position in [begin, end) whose target is not in [0, classes - 1] (NaN is not), or -1.
 template <class T>
 static int64_t find_outside_bins_as(const DistributionArgs& d, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::V;
+  constexpr int64_t lanes = Lanes<V>::count, block = 4 * lanes;
   const T *target = static_cast<const T*>(d.target), last = static_cast<T>(d.rows.classes - 1);
-  for (int64_t p = begin; p < end;) {
-    const int64_t until = p + 64 < end ? p + 64 : end, first = p;
-    bool inside = true;
-    for (; p < until; ++p) inside &= (target[p] >= 0) & (target[p] <= last);
-    if (inside) continue;
-    for (p = first; target[p] >= 0 && target[p] <= last;) ++p;
-    return p;
+  for (int64_t p = begin; p < end; ++p) {
+    for (; p + block <= end; p += block) {
+      typename Lanes<V>::Int inside = ~typename Lanes<V>::Int{};
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < block; i += lanes) inside &= (load(target + p + i) >= 0) & (load(target + p + i) <= last);
+      if (any_lane(~inside)) break;
+    }
+    if (p < end && !(target[p] >= 0 && target[p] <= last)) return p;
   }
   return -1;
 }

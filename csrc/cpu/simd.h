@@ -397,29 +397,57 @@ FL_FN typename Lanes<V>::Scalar max_lanes(V v) {
   return fold_lanes<typename Lanes<V>::Scalar, Lanes<V>::count>(v, [](auto a, auto b) { return a < b ? b : a; });
 }
 
-// A square of vectors, its rows for its columns: the halves across the diagonal change places, then those of each half.
+// A square of vectors, its rows for its columns, by shuffles that take no index: within blocks of 16 bytes, by units of
+// one and two elements, then blocks as a whole.
 #if defined(__clang__) || __GNUC__ >= 12
-template <int step, bool high, class V, size_t... lane>
-FL_FN V exchange(V a, V b, std::index_sequence<lane...>) {
-  constexpr size_t lanes = sizeof...(lane);
-  if constexpr (high)
-    return __builtin_shufflevector(a, b, (lane & step ? lanes + lane : lane + step)...);
-  else
-    return __builtin_shufflevector(a, b, (lane & step ? lanes + lane - step : lane)...);
+// By turns a unit of a and one of b, from the low or the high half of each block.
+template <int unit, bool high, class V, size_t... lane>
+FL_FN V zip(V a, V b, std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane), block = 16 / sizeof(a[0]), start = high ? block / 2 : 0;
+  return __builtin_shufflevector(
+      a, b,
+      (lane / unit % 2 * lanes + lane / block * block + start + lane % block / (2 * unit) * unit + lane % unit)...);
 }
-template <class V, int step = Lanes<V>::count / 2>
+// Half of a's blocks, then half of b's: the low or the high half, or every other from the first or the second on.
+template <bool every_other, bool high, class V, size_t... lane>
+FL_FN V halves(V a, V b, std::index_sequence<lane...>) {
+  constexpr size_t lanes = sizeof...(lane), block = 16 / sizeof(a[0]), half = lanes / 2, step = every_other ? 2 : 1;
+  constexpr size_t start = high ? (every_other ? 1 : half / block) : 0;
+  return __builtin_shufflevector(
+      a, b, (lane / half * lanes + (start + lane % half / block * step) * block + lane % block)...);
+}
+template <class V>
 FL_FN void transpose(V (&square)[Lanes<V>::count]) {
-  if constexpr (step > 0) {
-    constexpr auto lane = std::make_index_sequence<Lanes<V>::count>();
+  constexpr int lanes = Lanes<V>::count, block = 16 / sizeof(square[0][0]), blocks = lanes / block;
+  constexpr auto lane = std::make_index_sequence<lanes>();
+  V part[lanes];  // [blocks of rows, columns within a block]
 #pragma GCC unroll 16
-    for (int i = 0; i < Lanes<V>::count; ++i)
-      if (!(i & step)) {
-        const V a = square[i], b = square[i + step];
-        square[i] = exchange<step, false>(a, b, lane);
-        square[i + step] = exchange<step, true>(a, b, lane);
-      }
-    transpose<V, step / 2>(square);
-  }
+  for (int r = 0; r < lanes; r += block)
+    if constexpr (block == 2) {
+      part[r] = zip<1, false>(square[r], square[r + 1], lane);
+      part[r + 1] = zip<1, true>(square[r], square[r + 1], lane);
+    } else {
+      const V low = zip<1, false>(square[r], square[r + 1], lane), high = zip<1, true>(square[r], square[r + 1], lane);
+      const V low2 = zip<1, false>(square[r + 2], square[r + 3], lane);
+      const V high2 = zip<1, true>(square[r + 2], square[r + 3], lane);
+      part[r] = zip<2, false>(low, low2, lane), part[r + 1] = zip<2, true>(low, low2, lane);
+      part[r + 2] = zip<2, false>(high, high2, lane), part[r + 3] = zip<2, true>(high, high2, lane);
+    }
+#pragma GCC unroll 4
+  for (int c = 0; c < block; ++c)
+    if constexpr (blocks == 1) {
+      square[c] = part[c];
+    } else if constexpr (blocks == 2) {
+      square[c] = halves<false, false>(part[c], part[c + block], lane);
+      square[c + block] = halves<false, true>(part[c], part[c + block], lane);
+    } else {
+      const V &p = part[c], &q = part[c + block], &r = part[c + 2 * block], &s = part[c + 3 * block];
+      const V low = halves<false, false>(p, q, lane), low2 = halves<false, false>(r, s, lane);
+      const V high = halves<false, true>(p, q, lane), high2 = halves<false, true>(r, s, lane);
+      square[c] = halves<true, false>(low, low2, lane), square[c + block] = halves<true, true>(low, low2, lane);
+      square[c + 2 * block] = halves<true, false>(high, high2, lane);
+      square[c + 3 * block] = halves<true, true>(high, high2, lane);
+    }
 }
 #else
 template <class V>

@@ -439,7 +439,7 @@ struct Columns {
   using V = typename VectorOf<T>::V;
   static constexpr int lanes = Lanes<V>::count;
   DType dtype;
-  const int64_t* offset;  // [n] of each position's first logit
+  const int64_t* offset;  // [n] of each position's first logit; of the first position where they are `step` apart
   int64_t step, class_stride, classes, n, pitch;
   T* column;  // room for the logits of one position
 
@@ -460,7 +460,7 @@ struct Columns {
       for (int64_t i = 0; i < n; i += lanes) transpose_in(from, i, tile + i);
     } else {
       for (int64_t i = 0; i < n; ++i) {
-        const T* from = stage_run(dtype, data, offset[i], class_stride, classes, column);
+        const T* from = stage_run(dtype, data, at(i), class_stride, classes, column);
         for (int64_t c = 0; c < classes; ++c) tile[c * pitch + i] = from[c];
       }
     }
@@ -484,12 +484,13 @@ struct Columns {
     } else {
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
-        unstage_run(dtype, data, offset[i], class_stride, classes, column);
+        unstage_run(dtype, data, at(i), class_stride, classes, column);
       }
     }
   }
 
  private:
+  FL_INLINE int64_t at(int64_t i) const { return step ? offset[0] + i * step : offset[i]; }
   bool rows() const { return class_stride == 1 && dtype == compute_dtype<T>; }
   FL_FN void move(const T* from, T* to, int64_t left) {
     if (left >= lanes)
@@ -504,7 +505,7 @@ struct Columns {
       V square[lanes];
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) {
-        const T* row = from + offset[i + k < n ? i + k : n - 1] + c;
+        const T* row = from + at(i + k < n ? i + k : n - 1) + c;
         square[k] = width == lanes ? load(row) : load_part<V>(row, width, 0);
       }
       transpose(square);
@@ -523,7 +524,7 @@ struct Columns {
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) {
         if (i + k >= n) break;
-        T* row = to + offset[i + k] + c;
+        T* row = to + at(i + k) + c;
         if (width == lanes)
           store(row, square[k]);
         else

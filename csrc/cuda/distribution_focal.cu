@@ -73,36 +73,40 @@ __global__ void __launch_bounds__(kThreads)
     for (int width = lanes / 2; width > 0; width /= 2)
       highest = at_least(__shfl_xor_sync(0xffffffffu, highest, width), highest);
 
-    BinSums<T> sums{0, 0, 0};
-    for (int64_t j = lane; inside && j < a.classes; j += lanes) {
-      const T distance = highest - widen(x[j * a.logits_class_stride]);
-      const T q = neighbour_weight(t, static_cast<T>(j));
-      if (distance == 0)
-        sums.ones += 1;
-      else
-        sums.rest += exp(-distance);
-      if (q > 0) sums.distance += q * distance;  // a bin of -inf beside them is none
+    // The last bin is a right neighbour, where it is not the only one. Every lane of a group has its neighbours' terms.
+    const int64_t below = static_cast<int64_t>(t) < a.classes - 1 ? static_cast<int64_t>(t) : a.classes - 2;
+    const int64_t left = below > 0 ? below : 0, right = left + 1;
+    NeighbourSums<T> row{static_cast<T>(right) - t, t - static_cast<T>(left), 0, 0, 0, 0, 0};
+    if (inside) {
+      row.left_logit = widen(x[left * a.logits_class_stride]) - highest;
+      row.right_logit =
+          right < a.classes ? widen(x[right * a.logits_class_stride]) - highest : static_cast<T>(-INFINITY);
+      row.left = exp(row.left_logit);
+      row.right = exp(row.right_logit);
     }
-    for (int width = lanes / 2; width > 0; width /= 2) {
-      sums.rest += __shfl_xor_sync(0xffffffffu, sums.rest, width);
-      sums.ones += __shfl_xor_sync(0xffffffffu, sums.ones, width);
-      sums.distance += __shfl_xor_sync(0xffffffffu, sums.distance, width);
-    }
+    for (int64_t j = lane; inside && j < a.classes; j += lanes)
+      if (j != left && j != right) row.others += exp(widen(x[j * a.logits_class_stride]) - highest);
+    for (int width = lanes / 2; width > 0; width /= 2) row.others += __shfl_xor_sync(0xffffffffu, row.others, width);
     if (!inside) continue;
     if (lane == 0) {
-      const T value = weight * distribution_focal_value(sums);
+      const T value = weight * distribution_focal_value(row);
       sum.add(value);
       if (a.value) static_cast<O*>(a.value)[p] = Narrow<O>::from(value);
     }
     if (!a.grad) continue;
     T scale = mean_scale * weight;
     if (a.upstream) scale *= widen(static_cast<const O*>(a.upstream)[p]);
-    const T inverse = scale / (sums.rest + sums.ones);
+    const T inverse = scale / sum_of(row);
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
     for (int64_t j = lane; j < a.classes; j += lanes) {
-      const T term = exp(widen(x[j * a.logits_class_stride]) - highest);
-      const T q = neighbour_weight(t, static_cast<T>(j));
-      g[j * a.grad_class_stride] = Narrow<S>::from(distribution_focal_slope(sums, term, q, inverse));
+      T slope;
+      if (j == left)
+        slope = neighbour_slope(row.left_weight, row.left, row.right_weight, row.right, row.others);
+      else if (j == right)
+        slope = neighbour_slope(row.right_weight, row.right, row.left_weight, row.left, row.others);
+      else
+        slope = exp(widen(x[j * a.logits_class_stride]) - highest);
+      g[j * a.grad_class_stride] = Narrow<S>::from(slope * inverse);
     }
   }
   if (b.partial) {

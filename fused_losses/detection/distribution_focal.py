@@ -8,7 +8,7 @@ from torch.nn import Module
 
 from .. import _checks, reference
 from .._anchors import AvgFactor, autocasting, avg_factor_of, under_autocast
-from .._autograd import evaluate
+from .._autograd import evaluate, evaluate_eagerly
 from .._ops import LossOps
 
 
@@ -69,6 +69,18 @@ def distribution_focal_loss(
 
     Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388.
     """
+    if (
+        weight is None
+        and avg_factor is None
+        and _checks.plain(input, target)
+        and input.dim() == target.dim() + 1 == 2
+    ):
+        try:
+            code = _checks.REDUCTION_CODES[reduction]
+            stored = code != _checks.NONE and input.dtype is not torch.float16
+            return evaluate_eagerly(_OPS, inplace_backward, stored, input, (target, None, None), (0.0, code))
+        except _checks.OBJECTIONS:
+            pass  # the checks below say why, or it happens again
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
     if not autocasting(input):
         return _evaluate(_OPS, input, target, weight, reduction, avg_factor, inplace_backward)
