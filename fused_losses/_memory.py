@@ -10,8 +10,8 @@ def release_memory() -> None:
 
     A gradient of 4 MB and more on a CPU (Linux) lies in memory that the library keeps when the gradient is freed: at
     most four blocks, for the next gradients of about their size. The system clears new memory page by page, which takes
-    longer than the loss. It may take back what is in the kept blocks whenever it is short of memory, so there is no need
-    to call this; until then they count as resident. Gradients in use are not touched. A block is never larger than
+    longer than the loss. What is kept beyond 64 MB it may take back whenever it is short of memory, so there is no need to
+    call this; until then it counts as resident. Gradients in use are not touched. A block is never larger than
     4 GiB, and the storage of such a gradient cannot be resized.
     """
     _C.release_kept_memory()

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +73,23 @@ def test_no_more_than_four_are_kept_and_all_are_released() -> None:
     assert mapped_kilobytes() < before + 6 * size
     fused_losses.release_memory()
     assert mapped_kilobytes() < before + 2 * size
+
+
+def test_the_system_may_take_what_is_beyond_64_megabytes() -> None:
+    def offered_kilobytes() -> int:
+        return sum(
+            int(line.split()[1])
+            for line in Path("/proc/self/smaps").read_text().splitlines()
+            if line.startswith("LazyFree:")
+        )
+
+    logits = torch.randn(40 * 1024, 256)  # 40 MB
+    gradients = [gradient_of(logits) for _ in range(3)]
+    before = offered_kilobytes()
+    del gradients[0]
+    assert offered_kilobytes() == before
+    del gradients[0]
+    assert offered_kilobytes() > before
 
 
 def test_a_small_gradient_does_not_take_a_large_block() -> None:

@@ -14,6 +14,8 @@ namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kMostBytes = int64_t{4} << 30;  // of a block that is kept
+// In all, that the system may not empty: as much as glibc's own heap keeps. To let it takes 10 us a huge page.
+constexpr int64_t kHeldBytes = 64 << 20;
 
 struct Block {
   void* data;
@@ -24,9 +26,9 @@ struct Block {
 // that a fork could leave locked.
 std::array<std::atomic<Block*>, 4> kept{};
 std::atomic<unsigned> oldest{0};
+std::atomic<int64_t> kept_bytes{0};
 
 void unmap(Block* block) {
-  if (!block) return;
   munmap(block->data, block->bytes);
   delete block;
 }
@@ -45,24 +47,36 @@ Block* map(int64_t bytes) {
   return new Block{begin + before, bytes};
 }
 
+// The block in a place, if any, which is then the caller's.
+Block* leave(std::atomic<Block*>& place, Block* for_another = nullptr) {
+  Block* const block = place.exchange(for_another);
+  if (block) kept_bytes -= block->bytes;
+  return block;
+}
+
+bool put(std::atomic<Block*>& place, Block* block) {
+  Block* none = nullptr;
+  const bool was_free = place.compare_exchange_strong(none, block);
+  if (was_free) kept_bytes += block->bytes;
+  return was_free;
+}
+
 void keep(Block* block) {
   if (block->bytes > kMostBytes) return unmap(block);
-  madvise(block->data, block->bytes, MADV_FREE);
-  for (auto& place : kept) {
-    Block* none = nullptr;
-    if (place.compare_exchange_strong(none, block)) return;
-  }
-  unmap(kept[oldest++ % kept.size()].exchange(block));
+  if (kept_bytes + block->bytes > kHeldBytes) madvise(block->data, block->bytes, MADV_FREE);
+  for (auto& place : kept)
+    if (put(place, block)) return;
+  kept_bytes += block->bytes;
+  if (Block* const other = leave(kept[oldest++ % kept.size()], block)) unmap(other);
 }
 
 // A kept block that is large enough, and not more than twice as large.
 Block* take(int64_t bytes) {
   for (auto& place : kept) {
-    Block* block = place.exchange(nullptr);
+    Block* const block = leave(place);
     if (!block) continue;
     if (block->bytes >= bytes && block->bytes / 2 <= bytes) return block;
-    Block* none = nullptr;
-    if (!place.compare_exchange_strong(none, block)) unmap(block);
+    if (!put(place, block)) unmap(block);
   }
   return nullptr;
 }
@@ -86,7 +100,8 @@ std::optional<Tensor> tensor_in_kept_memory(Sizes sizes, Sizes strides, int32_t 
 }
 
 void release_kept_memory() {
-  for (auto& place : kept) unmap(place.exchange(nullptr));
+  for (auto& place : kept)
+    if (Block* const block = leave(place)) unmap(block);
 }
 
 #else
