@@ -139,8 +139,6 @@ def under_autocast(loss: LossOps, input: Tensor) -> tuple[LossOps, Tensor]:
     """What takes their places where autocast is switched off: the loss of float16 and bfloat16 is float32."""
     if input.dtype not in _checks.HALVES:
         return loss, input
-    if torch.compiler.is_compiling():  # a traced op is known by its name alone
-        return loss, input.float()
     return loss.widened, input
 
 

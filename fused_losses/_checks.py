@@ -73,6 +73,16 @@ def autocast_ops(loss: LossOps, input: Tensor, target: Tensor, *weights: Tensor 
         return loss.widened if plain(input, target) and _constant(*weights) else None
 
 
+def traced_ops(loss: LossOps, input: Tensor) -> LossOps:
+    """`loss`, or in a graph traced under autocast its ops with a float32 loss, for fp16 and bf16."""
+    return loss.widened if _compiling() and input.dtype in HALVES and _autocast_enabled(input) else loss
+
+
+def _autocast_enabled(input: Tensor) -> bool:
+    kind = input.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+
+
 def _constant(*weights: Tensor | None) -> bool:
     return all(w is None or (type(w) in _TENSOR_TYPES and not w.requires_grad) for w in weights)
 
@@ -100,7 +110,7 @@ def _plain_weight(weight: Tensor, input: Tensor) -> bool:
     return type(weight) in _TENSOR_TYPES and not weight.requires_grad and weight.dtype == input.dtype
 
 
-def reachable(input: Tensor, *others: Tensor | None) -> bool:
+def reachable(input: Tensor, *others: Tensor | None, ops: LossOps | None = None) -> bool:
     """Whether a kernel exists for the input, and the other tensors are constants beside it."""
     if (
         type(input) not in _TENSOR_TYPES
@@ -108,7 +118,10 @@ def reachable(input: Tensor, *others: Tensor | None) -> bool:
         or input.dtype not in DTYPES
         or input.layout is not torch.strided
         or input.dim() > _MAX_DIMS
-        or torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
+        or (
+            torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
+            and not (ops is not None and ops.wide)
+        )
         or _transforming()
         or forward_ad._current_level >= 0
         or (not _compiling() and _tracing())

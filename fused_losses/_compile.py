@@ -55,6 +55,8 @@ def evaluate(loss: LossOps, stored: bool, input: Tensor, tensors: Any, options: 
     # With dynamic=True a float is an input of the graph, and has to be used outside of a Function before it is
     # used inside one: dynamo makes it where it meets it first, and finds it there only.
     args = (input, *tensors, *(option * 1.0 if isinstance(option, float) else option for option in options))
+    if loss.wide:
+        args = (*args, True)
     if not (input.requires_grad and torch.is_grad_enabled()):
         return _op(loss.name)(*args)
     function: Any = TracedStored if stored else TracedRecomputed

@@ -87,7 +87,9 @@ class LossOps:
 
         writing = [load_op(name + suffix, "probability") for suffix in FORWARD if writes_probability]
         forms = op(""), op("_train"), op("_train_"), op("_backward"), op("_backward_")
-        return LossOps(name, *forms, reference, writing=tuple(writing))._registered()
+        loss = LossOps(name, *forms, reference, writing=tuple(writing))._registered()
+        assert loss.widened  # now: a traced graph could read it, but not make it
+        return loss
 
     def _registered(self) -> LossOps:
         if native_autograd is None:

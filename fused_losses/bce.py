@@ -128,7 +128,8 @@ def binary_cross_entropy_with_logits(
     _checks.require_tensors("binary_cross_entropy_with_logits", input=input, target=target)
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, None, reduction, pos_weight)
-    if not _checks.reachable(input, target, weight, pos_weight):
+    ops = _checks.traced_ops(_WITH_LOGITS, input)
+    if not _checks.reachable(input, target, weight, pos_weight, ops=ops):
         function = _torch.binary_cross_entropy_with_logits
         return _checks.fall_back(function, torch_args, input, weight=weight, pos_weight=pos_weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight, pos_weight=pos_weight)
@@ -137,7 +138,7 @@ def binary_cross_entropy_with_logits(
         return _checks.ask_torch(problem, function, *torch_args)
     stored = code != _checks.NONE and input.dtype != torch.float16
     tensors = (target, weight, pos_weight)
-    return evaluate(_WITH_LOGITS, inplace_backward, stored, input, tensors, (*_NOT_FOCAL, code))
+    return evaluate(ops, inplace_backward, stored, input, tensors, (*_NOT_FOCAL, code))
 
 
 def binary_cross_entropy(
@@ -194,14 +195,15 @@ def binary_cross_entropy(
     code = _checks.reduction_code(reduction)
     function = _torch.binary_cross_entropy
     torch_args = (input, target, weight, None, None, reduction)
-    if not _checks.reachable(input, target, weight):
+    ops = _checks.traced_ops(_OPS, input) if input.is_cpu else _OPS
+    if not _checks.reachable(input, target, weight, ops=ops):
         return _checks.fall_back(function, torch_args, input, weight=weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight)
     if problem is not None:
         return _checks.ask_torch(problem, function, *torch_args)
     stored = code != _checks.NONE and input.dtype != torch.float16
     try:
-        return evaluate(_OPS, False, stored, input, (target, weight, None), (*_NOT_FOCAL, code))
+        return evaluate(ops, False, stored, input, (target, weight, None), (*_NOT_FOCAL, code))
     except RuntimeError as error:
         if "between 0 and 1" not in str(error):
             raise

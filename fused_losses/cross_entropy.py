@@ -81,7 +81,8 @@ def cross_entropy(
     _checks.require_tensors("cross_entropy", input=input, target=target)
     code = _checks.reduction_code(reduction)
     torch_args = (input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    if not _checks.reachable(input, target, weight):
+    ops = _checks.traced_ops(_OPS, input)
+    if not _checks.reachable(input, target, weight, ops=ops):
         return _checks.fall_back(_torch.cross_entropy, torch_args, input, weight=weight)
     problem = _problem(input, target, weight, ignore_index, label_smoothing)
     if problem is not None:
@@ -91,7 +92,7 @@ def cross_entropy(
     stored = code != _checks.NONE and input.dtype != torch.float16
     weight = _checks.compute_weight(weight, input)
     options = (code, ignore_index, label_smoothing)
-    return evaluate(_OPS, inplace_backward, stored, input, (target, weight), options)
+    return evaluate(ops, inplace_backward, stored, input, (target, weight), options)
 
 
 def _problem(

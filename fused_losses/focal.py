@@ -160,14 +160,13 @@ def _sigmoid_focal(
         )
     others = {"targets": targets, "weight": weight, "pos_weight": pos_weight}
     options = (alpha_positive, alpha_negative, gamma)
-    if not _checks.reachable(inputs, *others.values()) or not _checks.fits(inputs, **others):
+    ops = _checks.traced_ops(_SIGMOID, inputs)
+    if not _checks.reachable(inputs, *others.values(), ops=ops) or not _checks.fits(inputs, **others):
         return reference.sigmoid_focal_loss(
             _checks.autocast(inputs), targets, weight, pos_weight, *options, reduction
         )
     stored = code != _checks.NONE and inputs.dtype != torch.float16
-    return evaluate(
-        _SIGMOID, inplace_backward, stored, inputs, (targets, weight, pos_weight), (*options, code)
-    )
+    return evaluate(ops, inplace_backward, stored, inputs, (targets, weight, pos_weight), (*options, code))
 
 
 def softmax_focal_loss(
@@ -240,7 +239,8 @@ def softmax_focal_loss(
             problem = f"alpha has {_checks.shape_of(alpha)}; expected ({classes},), one for each class"
     if problem is not None:
         raise ValueError(problem)
-    if not _checks.reachable(input, target, weight):
+    ops = _checks.traced_ops(_SOFTMAX, input)
+    if not _checks.reachable(input, target, weight, ops=ops):
         return reference.softmax_focal_loss(
             _checks.autocast(input), target, alpha, gamma, ignore_index, reduction
         )
@@ -249,7 +249,7 @@ def softmax_focal_loss(
     weight = _per_class(alpha, input)
     stored = code != _checks.NONE and input.dtype != torch.float16
     options = (code, ignore_index, float(gamma))
-    return evaluate(_SOFTMAX, inplace_backward, stored, input, (target, weight), options)
+    return evaluate(ops, inplace_backward, stored, input, (target, weight), options)
 
 
 def _per_class(alpha: float | Tensor | None, input: Tensor) -> Tensor | None:

@@ -288,3 +288,44 @@ def test_export(strict: bool) -> None:
     program = torch.export.export(network, (x, index), dynamic_shapes=shapes, strict=strict)
     x, index = torch.randn(11, 7), torch.randint(5, (11,))
     torch.testing.assert_close(program.module()(x, index), network(x, index))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast_in_a_graph(case: Case, reduction: str, dtype: torch.dtype) -> None:
+    """The fused op with a float32 loss, as without torch.compile, and no copy of the logits."""
+    data, options = case.make(dtype)
+
+    def loss_of(x: Tensor) -> Tensor:
+        with torch.autocast(data.device.type, torch.bfloat16):
+            return case.ours(x, **options, reduction=reduction)
+
+    if case.name == "bce" and data.is_cuda:
+        pytest.skip("on CUDA torch refuses it under autocast")
+    ops: list[str] = []
+    ours, expected = value_and_gradient(compiled(loss_of, ops), data), value_and_gradient(loss_of, data)
+    assert [tensor.dtype for tensor in ours] == [torch.float32, dtype]
+    torch.testing.assert_close(ours, expected)
+    stored = reduction == "mean" and dtype is torch.bfloat16
+    assert sum("fused_losses" in op for op in ops) == (1 if stored else 2)
+    weights = sum(isinstance(o, Tensor) and o.dim() == 1 and o.is_floating_point() for o in options.values())
+    assert sum("_to_copy" in op for op in ops) <= weights  # (C), as the kernels read them
+
+
+@pytest.mark.parametrize(
+    ("ours", "data", "options"), detection_cases(), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_autocast_of_a_detectors_losses_in_a_graph(ours: Any, data: Tensor, options: dict[str, Any]) -> None:
+    data = data.bfloat16()
+
+    def loss_of(x: Tensor) -> Tensor:
+        with torch.autocast(data.device.type, torch.bfloat16):
+            loss: Tensor = ours(x, **options, reduction="mean")
+            return loss
+
+    ops: list[str] = []
+    traced = value_and_gradient(compiled(loss_of, ops), data)
+    assert [tensor.dtype for tensor in traced] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(traced, value_and_gradient(loss_of, data))
+    assert sum("fused_losses" in op for op in ops) == 1
