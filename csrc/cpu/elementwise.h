@@ -134,6 +134,10 @@ FL_CALL void stage_index(const ElementwiseArgs& a, const Position& at, int64_t n
   if (target.class_dim == last && a.ndim == 2) {
     const int64_t classes = a.size[last];
     int64_t from = at.index[last], offset = at.index[0] * target.stride[0];
+    int32_t others = 0;  // most tiles have none
+    for (int64_t first = -from, anchor = offset; first < n; first += classes, anchor += target.stride[0])
+      others |= target.code[anchor] ^ kBackground;
+    if (others == 0) return;
     for (int64_t first = 0; first < n; offset += target.stride[0]) {
       const int64_t left = classes - from, count = left < n - first ? left : n - first;
       if (target.code[offset] != kBackground) stage_anchor(offset, first, count, from);

@@ -16,7 +16,7 @@ constexpr int64_t kChunk = 16384;  // elements a thread takes at a time
 double encode(const ElementwiseCall& call) {
   const LabelArgs& labels = call.labels;
   std::atomic<int64_t> invalid{-1};
-  const double kept = parallel_sum(call.anchors, 65536, [&](int64_t begin, int64_t end) {
+  const double kept = parallel_sum(call.anchors, 16384, [&](int64_t begin, int64_t end) {
     int64_t found = -1;
     const int64_t count = cpu::kernels().encode_labels(labels, begin, end, &found);
     if (found >= 0) invalid = found;  // any of them will do
