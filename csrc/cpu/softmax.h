@@ -498,16 +498,29 @@ struct Columns {
     else
       store_part(to, left, load_part<V>(from, left, 0));
   }
+  // f(k, offset) of row i + k, those past the end left out: full squares of evenly spaced rows by one pointer, for what
+  // a row's own would take is as much as its shuffles.
+  template <class F>
+  FL_INLINE void each_row(int64_t i, const F& f) const {
+    if (step != 0 && i + lanes <= n) {
+      const int64_t first = offset[0] + i * step;
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k) f(k, first + k * step);
+    } else {
+#pragma GCC unroll 16
+      for (int k = 0; k < lanes; ++k)
+        if (i + k < n) f(k, at(i + k));
+    }
+  }
   // Squares of lanes x lanes, in registers.
   FL_INLINE void transpose_in(const T* from, int64_t i, T* tile) const {
     for (int64_t c = 0; c < classes; c += lanes) {
       const int64_t width = classes - c < lanes ? classes - c : lanes;
-      V square[lanes];
-#pragma GCC unroll 16
-      for (int k = 0; k < lanes; ++k) {
-        const T* row = from + at(i + k < n ? i + k : n - 1) + c;
-        square[k] = width == lanes ? load(row) : load_part<V>(row, width, 0);
-      }
+      V square[lanes] = {};
+      if (width == lanes)
+        each_row(i, [&](int k, int64_t row) { square[k] = load(from + row + c); });
+      else
+        each_row(i, [&](int k, int64_t row) { square[k] = load_part<V>(from + row + c, width, 0); });
       transpose(square);
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k)
@@ -521,15 +534,10 @@ struct Columns {
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) square[k] = k < width ? load(tile + (c + k) * pitch) : V{};
       transpose(square);
-#pragma GCC unroll 16
-      for (int k = 0; k < lanes; ++k) {
-        if (i + k >= n) break;
-        T* row = to + at(i + k) + c;
-        if (width == lanes)
-          store(row, square[k]);
-        else
-          store_part(row, width, square[k]);
-      }
+      if (width == lanes)
+        each_row(i, [&](int k, int64_t row) { store(to + row + c, square[k]); });
+      else
+        each_row(i, [&](int k, int64_t row) { store_part(to + row + c, width, square[k]); });
     }
   }
 };

@@ -24,7 +24,7 @@ struct Block {
 
 // Blocks in no tensor's use. Each is held by whoever has exchanged it out of its place, so that no lock is needed, none
 // that a fork could leave locked.
-std::array<std::atomic<Block*>, 4> kept{};
+std::array<std::atomic<Block*>, 16> kept{};
 std::atomic<unsigned> oldest{0};
 std::atomic<int64_t> kept_bytes{0};
 

@@ -7,7 +7,7 @@
 
 namespace fused_losses {
 
-constexpr int64_t kLargeBytes = 4 << 20;  // from here on
+constexpr int64_t kLargeBytes = 1 << 20;  // from here on
 
 // A new tensor in such memory, uninitialised, of `bytes` bytes in all; nothing where the system has none to give.
 std::optional<Tensor> tensor_in_kept_memory(Sizes sizes, Sizes strides, int32_t dtype, int64_t bytes);
