@@ -91,6 +91,13 @@ def test_layouts(shape: tuple[int, ...], layout: str) -> None:
         check(arrange(logits, layout), target=target, reduction=reduction)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expanded_logits(dtype: torch.dtype) -> None:
+    logits, target = draw((131, 16), dtype)
+    for expanded in (logits[:1].expand_as(logits), logits[:, :1].expand_as(logits)):
+        check(expanded, target=target, reduction="none")
+
+
 def test_sides_of_boxes() -> None:
     """(N, 4, bins) is (4 N, bins), and a weight an anchor goes with its four sides."""
     logits, target = draw((57, 4, 16), torch.float32)

@@ -25,18 +25,13 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
     const bool one_run = cursor.left_in_run() >= n;
-    if (one_run) {
-      logits_offset[0] = cursor.logits;
-      grad_offset[0] = cursor.grad;
-      cursor.advance(n);
-    }
-    for (int64_t i = one_run ? n : 0; i < n; ++i) {
+    for (int64_t i = 0; i < (one_run ? 1 : n); ++i) {
       logits_offset[i] = cursor.logits;
       grad_offset[i] = cursor.grad;
-      cursor.advance(1);
+      cursor.advance(one_run ? n : 1);
     }
     const auto columns = [&](const int64_t* offset, int64_t stride, int64_t class_stride) {
-      return Columns<T>{a.dtype, offset, one_run ? stride : 0, class_stride, classes, n, group, column.get()};
+      return Columns<T>{a.dtype, offset, one_run, stride, class_stride, classes, n, group, column.get()};
     };
     const auto logits = columns(logits_offset, a.logits_stride[last], a.logits_class_stride);
     // 0 in a lane past the end.

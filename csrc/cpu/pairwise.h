@@ -15,13 +15,12 @@ static void pairwise_range(const PairwiseArgs& a, int64_t begin, int64_t end) {
   T objectness[group] = {};
   // Apart and in double: where the target's z is most of `positive`, subtracting it leaves the others' digits.
   double positive[group], tail[group];  // sums over the classes of max(z, 0) and of log1p(exp(-|z|))
-  int64_t offset[group];
 
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
-    for (int64_t i = 0; i < n; ++i) offset[i] = (p + i) * a.anchor_stride;
-    Columns<T>{a.dtype, offset, a.anchor_stride, a.class_stride, classes, n, group, column.get()}.read(a.logits,
-                                                                                                       tile.get());
+    const int64_t offset = p * a.anchor_stride;
+    Columns<T>{a.dtype, &offset, true, a.anchor_stride, a.class_stride, classes, n, group, column.get()}.read(
+        a.logits, tile.get());
     if (a.objectness) {
       const T* o = stage_run(a.dtype, a.objectness, p * a.objectness_stride, a.objectness_stride, n, objectness);
       if (o != objectness) read_run(o, 1, n, objectness);

@@ -439,16 +439,17 @@ struct Columns {
   using V = typename VectorOf<T>::V;
   static constexpr int lanes = Lanes<V>::count;
   DType dtype;
-  const int64_t* offset;  // [n] of each position's first logit; of the first position where they are `step` apart
+  const int64_t* offset;  // [n] of each position's first logit; [1] where they are `step` apart
+  bool even;              // whether they are
   int64_t step, class_stride, classes, n, pitch;
   T* column;  // room for the logits of one position
 
   // Whether a loop may as well read and write the memory as a tile.
-  bool lies_as_tile() const { return step == 1 && dtype == compute_dtype<T> && n == pitch; }
+  bool lies_as_tile() const { return neighbours() && dtype == compute_dtype<T> && n == pitch; }
 
   // To a tile [C, pitch].
   __attribute__((noinline)) void read(const void* data, T* tile) const {
-    if (step == 1) {
+    if (neighbours()) {
       for (int64_t c = 0; c < classes; ++c) {
         T* to = tile + c * pitch;
         const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
@@ -469,7 +470,7 @@ struct Columns {
   }
   // From it.
   __attribute__((noinline)) void write(void* data, const T* tile) const {
-    if (step == 1) {
+    if (neighbours()) {
       for (int64_t c = 0; c < classes; ++c) {
         const T* run = tile + c * pitch;
         T* to = static_cast<T*>(data) + offset[0] + c * class_stride;
@@ -490,7 +491,8 @@ struct Columns {
   }
 
  private:
-  FL_INLINE int64_t at(int64_t i) const { return step ? offset[0] + i * step : offset[i]; }
+  bool neighbours() const { return even && step == 1; }
+  FL_INLINE int64_t at(int64_t i) const { return even ? offset[0] + i * step : offset[i]; }
   bool rows() const { return class_stride == 1 && dtype == compute_dtype<T>; }
   FL_FN void move(const T* from, T* to, int64_t left) {
     if (left >= lanes)
@@ -502,7 +504,7 @@ struct Columns {
   // a row's own would take is as much as its shuffles.
   template <class F>
   FL_INLINE void each_row(int64_t i, const F& f) const {
-    if (step != 0 && i + lanes <= n) {
+    if (even && i + lanes <= n) {
       const int64_t first = offset[0] + i * step;
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) f(k, first + k * step);
@@ -577,25 +579,18 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 
   Cursor cursor(a, begin);
   V next_shift[vectors] = {};
-  const bool neighbours = a.logits_stride[last] == 1 && (!want_grad || a.grad_stride[last] == 1) &&
-                          (!a.probability || a.probability_stride[last] == 1);
   int64_t logits_offset[group], grad_offset[group], probability_offset[group];
   for (int64_t p = begin; p < end; p += group) {
     const int64_t n = end - p < group ? end - p : group;
     const bool one_run = cursor.left_in_run() >= n;
-    for (int64_t i = 0; i < n;) {
-      const int64_t run = cursor.left_in_run() < n - i ? cursor.left_in_run() : n - i;
-      for (int64_t k = 0; k < (one_run && neighbours ? 1 : run);
-           ++k) {  // the first will do where the next is beside it
-        logits_offset[i + k] = cursor.logits + k * a.logits_stride[last];
-        grad_offset[i + k] = cursor.grad + k * a.grad_stride[last];
-        probability_offset[i + k] = cursor.probability + k * a.probability_stride[last];
-      }
-      cursor.advance(run);
-      i += run;
+    for (int64_t i = 0; i < (one_run ? 1 : n); ++i) {
+      logits_offset[i] = cursor.logits;
+      grad_offset[i] = cursor.grad;
+      probability_offset[i] = cursor.probability;
+      cursor.advance(one_run ? n : 1);
     }
     const auto columns = [&](const int64_t* offset, int64_t stride, int64_t class_stride) {
-      return Columns<T>{dtype, offset, one_run ? stride : 0, class_stride, classes, n, group, column.get()};
+      return Columns<T>{dtype, offset, one_run, stride, class_stride, classes, n, group, column.get()};
     };
     const auto logits = columns(logits_offset, a.logits_stride[last], a.logits_class_stride),
                grad = columns(grad_offset, a.grad_stride[last], a.grad_class_stride);
