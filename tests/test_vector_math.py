@@ -20,10 +20,13 @@ EXACT: dict[str, Callable[..., mpmath.mpf]] = {
     "exp": mpmath.exp,
     "exp_term": mpmath.exp,
     "exp_term_coarse": mpmath.exp,
+    "exp_minus_magnitude_coarse": lambda x: mpmath.exp(-abs(x)),
     "log": mpmath.log,
     "log1p": mpmath.log1p,
     "log1p_unit": mpmath.log1p,
+    "log1p_unit_coarse": mpmath.log1p,
     "odds": lambda e: mpmath.mpf(e) / (1 + mpmath.mpf(e)),
+    "odds_coarse": lambda e: mpmath.mpf(e) / (1 + mpmath.mpf(e)),
     "sqrt": mpmath.sqrt,
 }
 
@@ -34,14 +37,17 @@ BOUNDS = [
     ("exp_term", np.float32, 1.2),
     ("exp_term", np.float64, 1.0),
     ("exp_term_coarse", np.float32, 150.0),
+    ("exp_minus_magnitude_coarse", np.float32, 150.0),
     ("log", np.float32, 1.0),
     ("log", np.float64, 1.0),
     ("log1p", np.float32, 1.0),
     ("log1p", np.float64, 1.0),
     ("log1p_unit", np.float32, 1.5),
     ("log1p_unit", np.float64, 1.0),
+    ("log1p_unit_coarse", np.float32, 30.0),
     ("odds", np.float32, 1.5),
     ("odds", np.float64, 1.5),
+    ("odds_coarse", np.float32, 3.0),
     ("sqrt", np.float32, 0.5),
     ("sqrt", np.float64, 0.5),
 ]
@@ -57,7 +63,7 @@ def points(name: str, dtype: type[np.floating]) -> Array:
     """Where the losses use the function, the ends of the dtype's range and the neighbourhood of its zeros."""
     random = np.random.default_rng(3)
     info = np.finfo(dtype)
-    if name in ("exp", "exp_term", "exp_term_coarse"):
+    if name.startswith("exp"):
         low, high = float(np.log(info.smallest_normal)), float(np.log(info.max)) if name == "exp" else 0.0
         x = np.concatenate(
             [
@@ -67,7 +73,7 @@ def points(name: str, dtype: type[np.floating]) -> Array:
                 [0, -0.0],
             ]
         )
-    elif name in ("log1p_unit", "odds"):
+    elif name.startswith(("log1p_unit", "odds")):
         x = np.concatenate([random.uniform(0, 1, 3000), 10.0 ** random.uniform(-30, 0, 1000), [0, 1, 0.5]])
     elif name == "log1p":
         x = np.concatenate(

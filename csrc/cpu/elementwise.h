@@ -173,9 +173,10 @@ struct Tile {
   }
 };
 
-// n elements, n a multiple of the lanes. Returns the sum of the values. The exponentials come first, in a loop of their
-// own: together the two chains are longer than what the processor looks ahead, and it would wait for most of the time.
-template <class Loss, bool want_value, bool want_grad, class T>
+// n elements, n a multiple of the lanes. Returns the sum of the values. `coarse`: to 18 bits. The exponentials come
+// first, in a loop of their own: together the two chains are longer than what the processor looks ahead, and it would
+// wait for most of the time.
+template <class Loss, bool want_value, bool want_grad, bool coarse, class T>
 FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, const ElementwiseParams<T>& given_params) {
   using V = typename VectorOf<T>::V;
   constexpr int lanes = Lanes<V>::count;
@@ -183,7 +184,13 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
   const ElementwiseParams<T> params = given_params;
   alignas(64) T exponential[kTile];  // exp(-|x|)
   if constexpr (Loss::on_logits)
-    for (int64_t i = 0; i < n; i += lanes) store(exponential + i, exp_minus_magnitude(load(tile.input + i)));
+    for (int64_t i = 0; i < n; i += lanes) {
+      const V x = load(tile.input + i);
+      if constexpr (coarse)
+        store(exponential + i, exp_minus_magnitude_coarse(x));
+      else
+        store(exponential + i, exp_minus_magnitude(x));
+    }
   vd total{};
   V partial{};
   int pending = 0;
@@ -196,7 +203,13 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
     }
     const V x = load(tile.input + i), t = load(tile.target + i);
     Sigmoid<V> sigma{};
-    if constexpr (Loss::on_logits) sigma = sigmoid(x, load(exponential + i));
+    if constexpr (Loss::on_logits) {
+      const V e = load(exponential + i);
+      if constexpr (coarse)
+        sigma = {odds_coarse(e), magnitude(x), log1p_unit_coarse(e)};
+      else
+        sigma = sigmoid(x, e);
+    }
     ValueGrad<V> r = Loss::apply(x, sigma, t, weights, params);
     if (tile.weight) {
       const V weight = load(tile.weight + i);
@@ -336,8 +349,13 @@ static double elementwise_loss(const ElementwiseArgs& a, int64_t begin, int64_t 
   const auto loop_of = [&](auto type, auto loss) -> TileLoop<decltype(type)> {
     using T = decltype(type);
     using L = decltype(loss);
-    if (!a.grad.data) return tile_loop<L, true, false, T>;
-    return want_value ? tile_loop<L, true, true, T> : tile_loop<L, false, true, T>;
+    if constexpr (sizeof(T) == 4 && (__is_same(L, BceWithLogits) || __is_same(L, BceWithLogits::Negative)))
+      if (a.input.dtype == DType::bf16 && a.value_dtype == DType::bf16) {  // all that comes out is rounded to 8 bits
+        if (!a.grad.data) return tile_loop<L, true, false, true, T>;
+        return want_value ? tile_loop<L, true, true, true, T> : tile_loop<L, false, true, true, T>;
+      }
+    if (!a.grad.data) return tile_loop<L, true, false, false, T>;
+    return want_value ? tile_loop<L, true, true, false, T> : tile_loop<L, false, true, false, T>;
   };
   const auto as = [&](auto type, auto loss) {
     TileLoops<decltype(type)> loops{loop_of(type, loss), nullptr};

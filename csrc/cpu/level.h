@@ -54,8 +54,12 @@ static bool evaluate_as(const char* function, const T* x, T* y, int64_t count, d
   };
   if (is("exp")) return map([](V v) { return exp(v); });
   if (is("exp_term")) return map([](V v) { return exp_term(v); });
-  if constexpr (sizeof(T) == 4)
+  if constexpr (sizeof(T) == 4) {
     if (is("exp_term_coarse")) return map([](V v) { return exp_term_coarse(v); });
+    if (is("exp_minus_magnitude_coarse")) return map([](V v) { return exp_minus_magnitude_coarse(v); });
+    if (is("log1p_unit_coarse")) return map([](V v) { return log1p_unit_coarse(v); });
+    if (is("odds_coarse")) return map([](V v) { return odds_coarse(v); });
+  }
   if (is("log")) return map([](V v) { return log(v); });
   if (is("log1p")) return map([](V v) { return log1p(v); });
   if (is("log1p_unit")) return map([](V v) { return log1p_unit(v); });

@@ -169,12 +169,20 @@ FL_FN V exp_minus_magnitude(V x) {
   const auto [mantissa, n] = split_term(at_least(-magnitude(x), broadcast<V>(ExpConstants<V>::low)));
   return times_power_of_two(mantissa, n);
 }
-// exp_term to 18 bits, for what will be rounded to the 8 of bf16 or the 11 of fp16: 2^f by a minimax fit in five terms,
-// off by at most 2.8e-6, of x log2(e) rounded once.
-FL_FN vf exp_term_coarse(vf x) {
+// To 18 bits, for what will be rounded to the 8 of bf16 or the 11 of fp16: 2^f by a minimax fit in five terms, off by
+// at most 2.8e-6, of x log2(e) rounded once.
+FL_FN Term<vf> split_term_coarse(vf x) {
   static constexpr float c[] = {1.0f, 0.69312417507f, 0.24024099112f, 0.055906426162f, 0.0095828529447f};
-  const vf t = fence_term(x) * 1.44269504088896340736f, n = round_to_integer(t);
-  return scale_term(x, polynomial_by_halves(c, t - n), n);
+  const vf t = x * 1.44269504088896340736f, n = round_to_integer(t);
+  return {polynomial_by_halves(c, t - n), n};
+}
+FL_FN vf exp_term_coarse(vf x) {
+  const auto [mantissa, n] = split_term_coarse(fence_term(x));
+  return scale_term(x, mantissa, n);
+}
+FL_FN vf exp_minus_magnitude_coarse(vf x) {
+  const auto [mantissa, n] = split_term_coarse(at_least(-magnitude(x), broadcast<vf>(ExpConstants<vf>::low)));
+  return times_power_of_two(mantissa, n);
 }
 
 template <class V>
@@ -234,6 +242,12 @@ FL_FN vf log1p_unit(vf e) {
   return e * polynomial(c, e);
 }
 FL_FN vd log1p_unit(vd e) { return log1p(e); }
+// As coarse as exp_term_coarse: 7 coefficients, off by at most 1.4e-6.
+FL_FN vf log1p_unit_coarse(vf e) {
+  static constexpr float c[] = {0.9999985737f, -0.4998589943f,  0.3309752582f, -0.2345452005f,
+                                0.1482941343f, -0.06559030637f, 0.01387448451f};
+  return e * polynomial(c, e);
+}
 
 // e / (1 + e) for e in [0, 1], the smaller of a sigmoid and its complement.
 FL_FN vd odds(vd e) { return e / (1 + e); }
@@ -257,6 +271,19 @@ FL_FN vf odds(vf e) {
   return quotient + ((e - quotient * d) - quotient * lost) * inverse;
 }
 #endif
+
+FL_FN vf odds_coarse(vf e) {
+  const vf d = 1 + e;
+#if FUSED_LOSSES_VECTOR_BYTES == 64
+  const vf about = FL_FLOAT_OP(rcp14, bits<native_vf>(d));
+  return e * (about + about * (1 - d * about));
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  const vf about = FL_FLOAT_OP(rcp, bits<native_vf>(d));
+  return e * (about + about * (1 - d * about));
+#else
+  return e / d;
+#endif
+}
 
 // x^y for x >= 0. A float goes through double: the error of log(x) is multiplied by y log(x).
 FL_CALL vd power(vd x, double y) { return select<vd>(x == 0, y == 0 ? vd{} + 1 : vd{}, exp(log(x) * y)); }
