@@ -311,15 +311,23 @@ FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t n, const DenseTarge
       if constexpr (is_narrow<S> && dense == Dense::none) return term * high;
       return term * high + small;
     };
+    const auto whole = [&](int64_t j) __attribute__((always_inline)) {
+      return gradient(load(from + j), dense == Dense::any ? target.whole(j, t ? t + j : nullptr) : V{});
+    };
+    // The row's end, if not of whole vectors, is a vector that others overlap, for the next row's first one would wait
+    // for a masked store to leave, whatever its mask. It is read before they have written.
+    const bool overlaps = n % lanes != 0 && n >= lanes;
+    const V end = overlaps ? whole(n - lanes) : V{};
     int64_t j = 0;
     if constexpr (is_narrow<S> && dense != Dense::any)
       for (; j + 2 * lanes <= n; j += 2 * lanes) {
         const Two terms = load_two(from + j);
         store_two(to + j, {gradient(terms.first, V{}), gradient(terms.second, V{})});
       }
-    for (; j + lanes <= n; j += lanes)
-      store(to + j, gradient(load(from + j), dense == Dense::any ? target.whole(j, t ? t + j : nullptr) : V{}));
-    if (const int64_t left = n - j; left > 0)
+    for (; j + lanes <= n; j += lanes) store(to + j, whole(j));
+    if (overlaps)
+      store(to + n - lanes, end);
+    else if (const int64_t left = n - j; left > 0)
       store_part(to + j, left,
                  gradient(load_part<V>(from + j, left, 0),
                           dense == Dense::any ? target.part(j, t ? t + j : nullptr, left) : V{}));
