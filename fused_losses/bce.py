@@ -195,7 +195,9 @@ def binary_cross_entropy(
     code = _checks.reduction_code(reduction)
     function = _torch.binary_cross_entropy
     torch_args = (input, target, weight, None, None, reduction)
-    ops = _checks.traced_ops(_OPS, input) if input.is_cpu else _OPS
+    ops = _checks.traced_ops(_OPS, input)
+    if ops.wide and not input.is_cpu:
+        ops = _OPS
     if not _checks.reachable(input, target, weight, ops=ops):
         return _checks.fall_back(function, torch_args, input, weight=weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight)
