@@ -189,10 +189,14 @@ def _run_behind_backlog(call: Call, turns: int) -> list[tuple[Any, Any, Any]]:
 
 
 def _round(call: Call, turns: int, device: str) -> tuple[float, float]:
-    """Mean seconds of forward and of backward over `turns` times through the sets of inputs."""
+    """Median seconds of forward and of backward, `turns` times through the sets of inputs.
+
+    Not the mean: the system goes on with memory that the last implementation has freed, and the first calls of the
+    next one wait for it, now and then ten times as long as they take.
+    """
     marks = _run(call, turns, device) if device == "cpu" else _run_behind_backlog(call, turns)
-    forward = statistics.fmean(_seconds(start, middle) for start, middle, _ in marks)
-    return forward, statistics.fmean(_seconds(middle, end) for _, middle, end in marks)
+    forward = statistics.median(_seconds(start, middle) for start, middle, _ in marks)
+    return forward, statistics.median(_seconds(middle, end) for _, middle, end in marks)
 
 
 def times(

@@ -113,7 +113,7 @@ def _speed_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str], basel
     with_gradient = [case["differentiable"] for case in cases]
     what = "forward + backward" if any(with_gradient) else "forward"
     if any(with_gradient) and not all(with_gradient):
-        what += " (forward where there is no gradient)"
+        what += "\n(forward where there is no gradient)"
     axes.set_title(f"Speed of {what}, in times {baseline or 'nothing'}", fontsize=10)
     axes.set_xlabel("log axis; 1 is equally fast")
 
@@ -130,7 +130,7 @@ def _memory_bars(axes: Axes, cases: list[dict[str, Any]], names: list[str]) -> N
     if all(case["differentiable"] for case in cases):
         axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("dotted: the gradient alone")
-    axes.set_title("Peak memory beyond the inputs, in sizes of the logits", fontsize=10)
+    axes.set_title("Peak memory beyond the inputs,\nin sizes of the logits", fontsize=10)
 
 
 # -- curves ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 NOTES = (
-    "Times are medians over interleaved rounds, ± half the distance of the quartiles; 2.00x under times "
+    "Times are medians over interleaved rounds of each round's median call, ± half the distance of the quartiles; 2.00x under times "
     "eager is twice as fast as eager. GB/s counts the logits read once and the gradient written once, whatever was "
     "moved; of copy is its share of a large copy's. Warm inputs are the same in every call and sit in a cache, where GB/s can exceed the "
     "copy; rotating ones are several sets in turn, twice the last-level cache together, so that every call reads "
