@@ -156,25 +156,35 @@ void run_cluster(unsigned first_block, size_t shared) {
     makecontext(&fiber.context, enter, 0);
   }
   std::vector<unsigned> threads_left(machine.cluster, machine.threads.x);
-  // One block of the cluster runs ahead of the others, as far as they let it.
-  const auto any_block = [] { return static_cast<unsigned>(machine.random() % machine.cluster); };
-  unsigned ahead = any_block();
+  // One warp runs ahead of the others as far as they let it, and then another of its block, so that a block runs ahead,
+  // too: what they overwrite, or take along, is then still to be read by the others.
+  const size_t all = machine.fibers.size(), threads = machine.threads.x;
+  size_t ahead = machine.random() % (all / kWarp) * kWarp;
   std::vector<Fiber*> ready;
-  const auto collect = [&](auto chosen) {
-    for (auto& fiber : machine.fibers)
-      if (fiber->state == State::ready && chosen(*fiber)) ready.push_back(fiber.get());
+  const auto collect = [&](size_t first, size_t last) {
+    for (size_t i = first; i < last; ++i)
+      if (machine.fibers[i]->state == State::ready) ready.push_back(machine.fibers[i].get());
   };
   for (;;) {
     ready.clear();
-    collect([&](const Fiber& fiber) { return fiber.rank == ahead; });
+    collect(ahead, ahead + kWarp);
     if (ready.empty()) {
+      if (release(ahead, ahead + kWarp, State::in_exchange)) continue;
+      if (!machine.error.empty()) return;
       const auto done = [](const auto& fiber) { return fiber->state == State::done; };
       if (std::all_of(machine.fibers.begin(), machine.fibers.end(), done)) return;
-      if (release_some()) continue;
-      collect([](const Fiber&) { return true; });
-      if (ready.empty() && machine.error.empty()) machine.error = "threads wait for threads that never come";
-      if (!machine.error.empty()) return;
-      ahead = any_block();
+      const size_t block = ahead / threads * threads;
+      collect(block, block + threads);
+      if (ready.empty() && release(block, block + threads, State::at_block_barrier)) collect(block, block + threads);
+      if (ready.empty()) collect(0, all);
+      if (ready.empty()) {
+        if (release_some()) continue;
+        if (machine.error.empty()) machine.error = "threads wait for threads that never come";
+        return;
+      }
+      const Fiber* const next = ready[machine.random() % ready.size()];
+      ahead = (next->rank * threads + next->thread.x) / kWarp * kWarp;
+      continue;
     }
     std::shuffle(ready.begin(), ready.end(), machine.random);
     for (Fiber* fiber : ready) {
