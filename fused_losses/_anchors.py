@@ -53,7 +53,7 @@ def evaluate_anchors(
         raise TypeError(f"input is {input!r}; expected a Tensor, not {type(input).__name__}")
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
-    if autocasting(input):
+    if _checks.autocasts(input):
         loss, input = under_autocast(loss, input)
         with torch.autocast(input.device.type, enabled=False):
             return evaluate_anchors(
@@ -128,11 +128,6 @@ def evaluate_anchors(
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
     forward, train, train_ = (partial(form, probability=probabilities) for form in loss.writing)
     return dataclasses.replace(loss, forward=forward, train=train, train_=train_, number=None)
-
-
-def autocasting(input: Tensor) -> bool:
-    kind = input.device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def under_autocast(loss: LossOps, input: Tensor) -> tuple[LossOps, Tensor]:

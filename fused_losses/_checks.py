@@ -75,10 +75,11 @@ def autocast_ops(loss: LossOps, input: Tensor, target: Tensor, *weights: Tensor 
 
 def traced_ops(loss: LossOps, input: Tensor) -> LossOps:
     """`loss`, or in a graph traced under autocast its ops with a float32 loss, for fp16 and bf16."""
-    return loss.widened if _compiling() and input.dtype in HALVES and _autocast_enabled(input) else loss
+    return loss.widened if _compiling() and input.dtype in HALVES and autocasts(input) else loss
 
 
-def _autocast_enabled(input: Tensor) -> bool:
+def autocasts(input: Tensor) -> bool:
+    """Whether autocast is on for the input's device."""
     kind = input.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 

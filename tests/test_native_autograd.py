@@ -13,8 +13,9 @@ from torch import Tensor
 import fused_losses.functional as F
 from fused_losses._ops import by_number, native_autograd
 
-LOGITS = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
-TARGET = torch.tensor([0, 1, 2, 3, 0])
+# On the CPU on every machine: a class index out of range would end a CUDA context.
+LOGITS = torch.randn(5, 4, generator=torch.Generator("cpu").manual_seed(1), device="cpu")
+TARGET = torch.tensor([0, 1, 2, 3, 0], device="cpu")
 OPTIONS = (1, -100, 0.1)  # mean, ignore_index, label_smoothing
 CROSS_ENTROPY = next(
     number for number, loss in by_number.items() if loss.name == "cross_entropy" and not loss.wide
@@ -35,7 +36,8 @@ def stored(*arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [(1, -100, np.float32(0)), (np.int64(1), np.int32(-100), 0), (1, -100, torch.tensor(0.0))]
+    "options",
+    [(1, -100, np.float32(0)), (np.int64(1), np.int32(-100), 0), (1, -100, torch.tensor(0.0, device="cpu"))],
 )
 def test_numbers_of_other_types(options: tuple[Any, ...]) -> None:
     value = stored(CROSS_ENTROPY, LOGITS.clone().requires_grad_(), (TARGET, None), options)
@@ -85,7 +87,7 @@ def test_an_error_of_the_second_derivative_reaches_the_caller(
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_autograd(reduction: str) -> None:
-    layer = torch.nn.Linear(4, 4)
+    layer = torch.nn.Linear(4, 4, device="cpu")
 
     def gradient_of(loss: Any) -> Tensor:
         layer.zero_grad()

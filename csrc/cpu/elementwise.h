@@ -349,13 +349,15 @@ static double elementwise_loss(const ElementwiseArgs& a, int64_t begin, int64_t 
   const auto loop_of = [&](auto type, auto loss) -> TileLoop<decltype(type)> {
     using T = decltype(type);
     using L = decltype(loss);
+    const auto of = [&](auto precision) -> TileLoop<T> {
+      constexpr bool coarse = decltype(precision)::value;
+      if (!a.grad.data) return tile_loop<L, true, false, coarse, T>;
+      return want_value ? tile_loop<L, true, true, coarse, T> : tile_loop<L, false, true, coarse, T>;
+    };
     if constexpr (sizeof(T) == 4 && (__is_same(L, BceWithLogits) || __is_same(L, BceWithLogits::Negative)))
-      if (a.input.dtype == DType::bf16 && a.value_dtype == DType::bf16) {  // all that comes out is rounded to 8 bits
-        if (!a.grad.data) return tile_loop<L, true, false, true, T>;
-        return want_value ? tile_loop<L, true, true, true, T> : tile_loop<L, false, true, true, T>;
-      }
-    if (!a.grad.data) return tile_loop<L, true, false, false, T>;
-    return want_value ? tile_loop<L, true, true, false, T> : tile_loop<L, false, true, false, T>;
+      if (a.input.dtype == DType::bf16 && a.value_dtype == DType::bf16)  // all that comes out is rounded to 8 bits
+        return of(std::true_type{});
+    return of(std::false_type{});
   };
   const auto as = [&](auto type, auto loss) {
     TileLoops<decltype(type)> loops{loop_of(type, loss), nullptr};

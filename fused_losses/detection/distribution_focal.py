@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import _checks, reference
-from .._anchors import AvgFactor, autocasting, avg_factor_of, under_autocast
+from .._anchors import AvgFactor, avg_factor_of, under_autocast
 from .._autograd import evaluate, evaluate_eagerly
 from .._ops import LossOps
 
@@ -82,7 +82,7 @@ def distribution_focal_loss(
         except _checks.OBJECTIONS:
             pass  # the checks below say why, or it happens again
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
-    if not autocasting(input):
+    if not _checks.autocasts(input):
         return _evaluate(_OPS, input, target, weight, reduction, avg_factor, inplace_backward)
     ops, input = under_autocast(_OPS, input)
     with torch.autocast(input.device.type, enabled=False):

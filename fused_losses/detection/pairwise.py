@@ -69,9 +69,8 @@ def pairwise_bce_cost(logits: Tensor, gt_classes: Tensor, objectness: Tensor | N
         raise ValueError(problem)
     if objectness is not None:
         objectness = objectness.reshape(logits.shape[:1])
-    device = logits.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # it is float32 inside anyway
+    if _checks.autocasts(logits):
+        with torch.autocast(logits.device.type, enabled=False):  # it is float32 inside anyway
             return pairwise_bce_cost(logits, gt_classes, objectness)
     wants_gradient = torch.is_grad_enabled() and (
         logits.requires_grad or (objectness is not None and objectness.requires_grad)
