@@ -296,6 +296,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
+    license="BSD-3-Clause",
     ext_modules=[Extension(f"fused_losses.{name}", []) for name in ("_C", "_native_autograd", "_cuda")],
     cmdclass={"build": CleanBuild, "build_ext": NinjaBuild, "dist_info": Metadata},
 )

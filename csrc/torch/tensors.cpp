@@ -37,22 +37,22 @@ static int64_t bytes_of(Sizes sizes, Sizes strides, int32_t dtype) {
 
 static Tensor empty_as(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& like) {
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   if (device_type == aoti_torch_device_type_cpu()) {
     const int64_t bytes = bytes_of(sizes, strides, dtype);
     if (bytes >= kLargeBytes)
       if (const auto tensor = tensor_in_kept_memory(sizes, strides, dtype, bytes)) return *tensor;
   }
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
 Tensor empty(Sizes sizes, Sizes strides, const Tensor& like) {
   int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   return empty_as(sizes, strides, dtype, like);
 }
 
