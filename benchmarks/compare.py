@@ -215,15 +215,22 @@ class Comparison:
             progress.advance(task)
             return measured
 
-        cases = [
-            {"suite": suite} | measure(case, True)
-            for suite, cases in self.options.suites.items()
-            for case in cases
-        ]
-        sweeps = {
-            sweep: {"dim": SWEEPS[sweep][0], "points": [measure(case, False) for case in points]}
-            for sweep, points in self.options.sweeps.items()
-        }
+        cases: list[dict[str, Any]] = []
+        sweeps: dict[str, Any] = {}
+        try:
+            for suite, chosen_cases in self.options.suites.items():
+                for case in chosen_cases:
+                    cases.append({"suite": suite} | measure(case, True))
+            for sweep, chosen_cases in self.options.sweeps.items():
+                points: list[dict[str, Any]] = []
+                sweeps[sweep] = {"dim": SWEEPS[sweep][0], "points": points}
+                for case in chosen_cases:
+                    points.append(measure(case, False))
+        except KeyboardInterrupt:
+            sweeps = {name: sweep for name, sweep in sweeps.items() if sweep["points"]}
+            if not cases and not sweeps:
+                raise
+            self.left_out["the rest"] = "interrupted"
         self.peak.close()
         return {
             "environment": self.environment,

@@ -8,7 +8,10 @@ import torch
 # What no device changes: the build, the CPU's own parts, programs that are run whole.
 ON_THE_CPU = {
     f"test_{name}.py"
-    for name in "build compare cuda_build cuda_on_cpu gpu_script levels main threads train_digits vector_math".split()
+    for name in (
+        "build compare cuda_build cuda_on_cpu gpu_script kept_memory levels main threads train_digits vector_math "
+        "yolo_head"
+    ).split()
 }
 
 
@@ -27,6 +30,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_level: test_levels.py runs it at every CPU instruction set")
+    config.addinivalue_line(
+        "markers",
+        "raises_on_the_cpu: on CUDA it is a device-side assertion, which the process does not outlive",
+    )
     # The suite runs one process a core; more threads in each only get in the others' way.
     torch.set_num_threads(1)
     device = config.getoption("--device")
@@ -68,6 +75,18 @@ def _kernels(device: str) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
+def _device_still_works(request: pytest.FixtureRequest, device: str) -> Iterator[None]:
+    if device != "cpu" and request.node.get_closest_marker("raises_on_the_cpu"):
+        pytest.skip("a device-side assertion there: test_cuda.py")
+    yield
+    if device.startswith("cuda"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:  # every later test would fail for it
+            pytest.exit(f"{request.node.nodeid} has broken the CUDA context: {error}", returncode=1)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,43 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str
     )
     assert result.returncode == 0, result.stderr
     return result.stdout, folder, json.loads((folder / "a.json").read_text())
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
+    """As it is when somebody has seen enough."""
+    command = [
+        COMPARE,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--baselines",
+        "eager",
+        "--json",
+        tmp_path / "a.json",
+    ]
+    cases = ["--case", "ce:N=8,C=3", "--case", "bce:N=9,C=3", "--rounds", "100"]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command), *cases],
+        cwd=BENCHMARKS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = ""
+        while "BCE 9 x 3" not in said:  # the second case has begun
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        table = process.stdout.read()
+        assert process.wait(timeout=60) == 0
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [case["label"] for case in report["cases"]] == ["cross entropy 8 x 3, fp32"]
+    assert {"name": "the rest", "reason": "interrupted"} in report["left_out"]
+    assert "interrupted" in table
 
 
 def fake_packages(folder: Path) -> Path:

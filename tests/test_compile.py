@@ -97,6 +97,8 @@ def test_opcheck(op: Any, arguments: Arguments) -> None:
 def test_fake_strides_are_the_real_ones(case: Case, reduction: str, autocast: bool) -> None:
     """A compiler builds its memory plan on them."""
     data, options = case.make(torch.bfloat16 if autocast else torch.float32)
+    if autocast and case.name == "bce" and data.is_cuda:
+        pytest.skip("on CUDA torch refuses it under autocast")
     target = "targets" if "targets" in options else "target"
     for arrange in (
         lambda x: x,

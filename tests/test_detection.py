@@ -507,7 +507,9 @@ def test_return_probabilities(dtype: torch.dtype, reduction: str, name: str) -> 
                 atol=1e-7 if dtype == torch.float16 else 0,
             )
             assert probabilities.dtype == dtype
-            assert torch.equal(loss, ours(leaf, target, reduction=reduction, avg_factor=None))
+            # A kernel of its own on CUDA, where the compiler may fuse other multiplications and additions.
+            alone = ours(leaf, target, reduction=reduction, avg_factor=None)
+            torch.testing.assert_close(loss, alone, rtol=4 * torch.finfo(dtype).eps, atol=0)
             before = probabilities.clone()
             loss.sum().backward()
             assert torch.equal(probabilities, before)
@@ -545,7 +547,8 @@ def test_nothing_of_the_logits_size_but_the_gradient(name: str) -> None:
 
 
 @every_loss
-def test_errors(name: str) -> None:
+@pytest.mark.raises_on_the_cpu
+def test_labels_out_of_range(name: str) -> None:
     ours = LOSSES[name][0]
     logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     for wrong in (6, -3, 2**40, -(2**40)):
@@ -558,6 +561,12 @@ def test_errors(name: str) -> None:
         scores = torch.rand(4, requires_grad=True)  # in plain torch
         with pytest.raises(IndexError, match=f"{wrong}.*5 classes"):
             ours(logits, IndexTarget(bad, scores))
+
+
+@every_loss
+def test_errors(name: str) -> None:
+    ours = LOSSES[name][0]
+    logits, labels = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
     target = IndexTarget(labels)
     for error, words, call in (
         (ValueError, "labels.*3.*4, 5", lambda: ours(logits, IndexTarget(labels[:3]))),
@@ -612,7 +621,7 @@ def test_exponents(value: float) -> None:
 
 def test_yolov5_levels() -> None:
     """Three levels, (B, 3, H, W, 85): class loss on the matched anchors, objectness on a stride-85 view."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(7)
     classes, smoothing = 80, 0.1
     positive, negative = 1 - 0.5 * smoothing, 0.5 * smoothing
     weights = {"pos_weight": torch.tensor([1.5])}

@@ -32,13 +32,26 @@ def test_says_that_there_is_no_gpu() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_step_that_fails_does_not_stop_the_next(gpu: Any, tmp_path: Path) -> None:
+HANGS = """
+import time
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    print("what there is", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_step_that_fails_does_not_stop_the_next(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     python = sys.executable
+    monkeypatch.setattr(gpu, "GRACE", 1)
     todo = [
         gpu.Step(
             "fails", [python, "-c", "print('so much ' * 100_000); print('for that'); raise SystemExit(3)"], 60
         ),
-        gpu.Step("hangs", [python, "-c", "import time; print('well', flush=True); time.sleep(100)"], 3),
+        gpu.Step("hangs", [python, "-c", HANGS], 3),
         gpu.Step("lacks", [python, "-c", ""], 60, ("no_such_module", "bin:no-such-program", "sys")),
         gpu.Step("works", [python, "-c", "import os; print(os.environ['WORD'])"], 60, (), {"WORD": "done"}),
     ]
@@ -47,7 +60,7 @@ def test_a_step_that_fails_does_not_stop_the_next(gpu: Any, tmp_path: Path) -> N
     assert [step["state"] for step in steps] == ["failed", "out of time", "left out", "ok"]
     assert [step["said"] for step in steps] == [
         "for that",
-        "well",
+        "what there is",
         "not installed here: no_such_module, no-such-program",
         "done",
     ]
@@ -71,6 +84,12 @@ def test_bandwidth_on_small_tensors(gpu: Any, tmp_path: Path) -> None:
             )
     text = gpu.table({}, [], tmp_path)
     assert "cross_entropy 6 x 7 bfloat16" in text
+
+
+def test_the_cases_to_compare(gpu: Any) -> None:
+    from cases import Case
+
+    assert len({Case.parse(case).label for case in gpu.COMPARED}) == len(gpu.COMPARED)
 
 
 def test_workload(gpu: Any) -> None:

@@ -32,7 +32,7 @@ class Launches(TorchDispatchMode):
 
 def head() -> list[tuple[Tensor, Tensor]]:
     """Objectness of YOLOv5's three levels: stride-85 views of (B, 3, H, W, 85)."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     return [
         (
             torch.randn(2, 3, n, n, 85, generator=generator).requires_grad_(),

@@ -173,6 +173,7 @@ def test_integer_dtypes_of_classes(dtype: torch.dtype) -> None:
     assert torch.equal(pairwise_bce_cost(logits, gt_classes.to(dtype)), pairwise_bce_cost(logits, gt_classes))
 
 
+@pytest.mark.raises_on_the_cpu
 @pytest.mark.parametrize("wants_gradient", [False, True])
 @pytest.mark.parametrize("wrong", [-1, 4, 2**40])
 def test_a_class_out_of_range(wrong: int, wants_gradient: bool) -> None:

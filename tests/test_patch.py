@@ -178,8 +178,8 @@ def test_decorator() -> None:
 
 def test_ends_with_an_exception() -> None:
     input, target = batch(cross_entropy)
-    with pytest.raises(IndexError), patch_torch():
-        cross_entropy(input, target + 5)
+    with pytest.raises(ValueError, match="target"), patch_torch():
+        cross_entropy(input, target[:1])
     with pytest.raises(RuntimeError, match="mine"), patch_torch(), patch_torch():
         raise RuntimeError("mine")
     assert not is_fused(cross_entropy(input, target))

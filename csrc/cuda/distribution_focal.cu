@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int64_t j = lane; inside && j < a.classes; j += lanes)
       if (j != left && j != right) row.others += exp(widen(x[j * a.logits_class_stride]) - highest);
     for (int width = lanes / 2; width > 0; width /= 2) row.others += __shfl_xor_sync(0xffffffffu, row.others, width);
+    __syncwarp();  // in place, the gradient overwrites a neighbour's logit that other lanes have read
     if (!inside) continue;
     if (lane == 0) {
       const T value = weight * distribution_focal_value(row);

@@ -27,6 +27,9 @@ cudaError_t encode_labels(const LabelArgs& labels, int64_t anchors, double* coun
 // args by value, its pointers on the device.
 cudaError_t elementwise(const ElementwiseArgs& args, int64_t count, const ElementwiseBuffers& buffers,
                         cudaStream_t stream);
+// The same where the input is stored so.
+using ElementwiseOfDType = cudaError_t(const ElementwiseArgs&, int64_t, const ElementwiseBuffers&, cudaStream_t);
+ElementwiseOfDType elementwise_f32, elementwise_f64, elementwise_bf16, elementwise_f16;
 
 // loss [1] of `dtype` = (sum of partial [blocks], in their order) * factor, divided as the gradient is.
 cudaError_t finish(const ElementwiseBuffers& buffers, int64_t blocks, double factor, void* loss, DType dtype,

@@ -137,6 +137,15 @@ __device__ __forceinline__ void require_probability(T input) {
   if (!(input >= 0 && input <= 1)) no_probability(input);
 }
 
+// Whether the kernel's code has clusters in it: what the driver made from older PTX has not, on any device.
+template <class... Parameters>
+cudaError_t knows_clusters(void (*kernel)(Parameters...), bool* answer) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  *answer = attributes.ptxVersion >= 90;
+  return error;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, unsigned cluster, size_t shared,
                    cudaStream_t stream, Arguments... arguments) {
@@ -151,8 +160,11 @@ cudaError_t launch(void (*kernel)(Parameters...), unsigned blocks, unsigned thre
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
   if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    // All there is, whatever this launch takes: another thread may be about to launch the same kernel with more.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);

@@ -661,7 +661,10 @@ cudaError_t plan_softmax(const SoftmaxArgs& a, bool needs_count, int device, Sof
     // A row's share that leaves room for other blocks; on sm_90 and later a cluster makes it small enough.
     const int64_t share = multiprocessor / kBlocksAtOnce - kReserved - static_cast<int64_t>(kScratch);
     unsigned cluster = 1;
-    if (major >= 9)
+    bool clusters = major >= 9;
+    if (clusters) error = knows_clusters(count_kernel, &clusters);
+    if (error != cudaSuccess) return error;
+    if (clusters)
       while (cluster < kMaxCluster && row_bytes > share * cluster) cluster *= 2;
     const size_t stage = static_cast<size_t>((classes + cluster - 1) / cluster * element + 15) / 16 * 16;
     plan->cluster = cluster;

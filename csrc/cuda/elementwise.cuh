@@ -1,0 +1,333 @@
+// Two kernels for every element-wise loss, of any size: grid-stride loops. Each operand is moved in once and the
+// gradient out once: BCE in fp32 12 bytes an element, in bf16 6.
+//
+// plain: a sum or a mean over a dense target, without weights. The other kernel takes everything else.
+// packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
+//   moves 16 bytes of each at a time, and in the plain kernel loads two packs before it uses the first. The weights may
+//   have any strides: a pack that stays inside one run of the last dimension finds its place once; so does an index
+//   target, which is read once for the pack's anchor.
+// otherwise: one element at a time, every operand by its strides.
+//
+// S is what input and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S, as
+// autocast has it. O decides how precise the formula is; beside a float O the target may be float, too.
+//
+// Values are added up in packs, by each thread with compensation, by the block in double, and by finish() in the
+// blocks' order: the same bits on every run.
+//
+// One file a storage type includes this, elementwise_f32.cu and so on, for the compiler takes a minute for each.
+#pragma once
+#include "cuda/elementwise.h"
+#include "cuda/formulas.cuh"
+
+namespace fused_losses::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <class T>
+struct ElementwiseParams {
+  T alpha_positive, alpha_negative, slope;
+  double gamma, gamma_minus_one;
+  __device__ __forceinline__ explicit ElementwiseParams(const ElementwiseArgs& a)
+      : alpha_positive(static_cast<T>(a.alpha_positive)),
+        alpha_negative(static_cast<T>(a.alpha_negative)),
+        slope(static_cast<T>(a.detach_weight ? 0 : a.gamma)),
+        gamma(a.gamma),
+        gamma_minus_one(a.gamma - 1) {}
+};
+
+// The formula at one element.
+template <class Loss, class V, class T>
+__device__ __forceinline__ ValueGrad<V> loss_of(T x, T t, ElementWeights<V> weights,
+                                                const ElementwiseParams<V>& params) {
+  if constexpr (std::is_same_v<Loss, Bce>) require_probability(x);
+  Sigmoid<V> sigma{};
+  if constexpr (Loss::on_logits) sigma = sigmoid(V(x));
+  return Loss::apply(V(x), sigma, V(t), weights, params);
+}
+
+// Where element i of the common shape is, by these strides.
+__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const int64_t (&stride)[kMaxDims], int64_t i) {
+  int64_t offset = 0;
+  for (int d = a.ndim - 1; d > 0; --d) {
+    const int64_t rest = i / a.size[d];
+    offset += (i - rest * a.size[d]) * stride[d];
+    i = rest;
+  }
+  return offset + i * stride[0];
+}
+__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
+  return operand.linear ? i : offset_of(a, operand.stride, i);
+}
+
+// A weight may be of the compute dtype beside a narrower input.
+template <class S>
+__device__ __forceinline__ typename ComputeOf<S>::T value_at(const Operand& operand, int64_t offset) {
+  if constexpr (sizeof(S) == 2)
+    if (operand.dtype == DType::f32) return static_cast<const float*>(operand.data)[offset];
+  return widen(static_cast<const S*>(operand.data)[offset]);
+}
+template <class S>
+__device__ __forceinline__ typename ComputeOf<S>::T read(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
+  return operand.data ? value_at<S>(operand, offset_of(a, operand, i)) : typename ComputeOf<S>::T{1};
+}
+
+// As many neighbours as a pack of S holds: a pack, or (beside a wider O) numbers that were stored as S or as O.
+template <class S>
+struct Widened {
+  typename ComputeOf<S>::T at[Pack<S>::size];
+};
+template <class S, class O>
+using Neighbours = std::conditional_t<std::is_same_v<S, O>, Pack<S>, Widened<S>>;
+template <class S, class O>
+__device__ __forceinline__ Neighbours<S, O> load_neighbours(const Operand& operand, int64_t at) {
+  if constexpr (std::is_same_v<S, O>) {
+    return load_pack(static_cast<const S*>(operand.data) + at);
+  } else {
+    Widened<S> x;
+    if (operand.dtype == DType::f32)
+      load_packs(static_cast<const O*>(operand.data) + at, x.at);
+    else
+      load_packs(static_cast<const S*>(operand.data) + at, x.at);
+    return x;
+  }
+}
+
+// The elements i, i + 1, ... of a weight, within one run of the last dimension.
+template <class S>
+struct WeightRun {
+  const Operand& operand;
+  int64_t offset, step;
+
+  __device__ __forceinline__ WeightRun(const ElementwiseArgs& a, const Operand& o, int64_t i)
+      : operand(o), offset(o.data ? offset_of(a, o, i) : 0), step(o.linear ? 1 : o.stride[a.ndim - 1]) {}
+  __device__ __forceinline__ typename ComputeOf<S>::T at(int k) const {
+    return operand.data ? value_at<S>(operand, offset + k * step) : typename ComputeOf<S>::T{1};
+  }
+};
+
+template <class T>
+struct Target {
+  T t;
+  bool ignored;
+};
+
+// The elements i, i + 1, ... of an index target, within one run of the last dimension.
+template <class T>
+struct IndexRun {
+  const IndexTarget& index;
+  int64_t anchor, from, anchor_step, class_step;  // from: the class of the first element
+
+  __device__ __forceinline__ IndexRun(const ElementwiseArgs& a, int64_t i) : index(a.index) {
+    if (!index.code) return;
+    const int last = a.ndim - 1;
+    anchor = offset_of(a, index.stride, i);
+    class_step = index.class_dim == last;
+    anchor_step = class_step ? 0 : index.stride[last];
+    for (int d = last; d > index.class_dim; --d) i /= a.size[d];
+    from = i % a.size[index.class_dim];
+  }
+  __device__ __forceinline__ Target<T> at(int k) const {
+    const int64_t here = anchor + k * anchor_step;
+    const int32_t code = index.code[here];
+    if (code != from + k * class_step) return {static_cast<T>(index.negative), code == kIgnored};
+    return {index.score ? static_cast<const T*>(index.score)[here] : static_cast<T>(index.positive), false};
+  }
+};
+
+// What the mean divides by, the same in every thread; `scratch` holds a double a warp.
+__device__ __forceinline__ double denominator_of(const ElementwiseBuffers& b, double* scratch) {
+  if (b.avg_factor) return *b.avg_factor < 1 ? 1 : *b.avg_factor;  // NaN stays
+  if (!b.counts) return 1;
+  double count = 0;
+  for (int64_t i = threadIdx.x; i < b.count_blocks; i += blockDim.x) count += b.counts[i];
+  return block_sum(count, scratch) * b.classes;
+}
+
+template <class Loss, class S, class O>
+__global__ void __launch_bounds__(kThreads, 2)
+    elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<O>::V;
+  constexpr int n = Pack<S>::size;
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const ElementwiseParams<V> params(a);
+  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
+  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  const bool indexed = a.index.code;
+  Sum<T> sum;
+
+  const auto element = [&](T x, Target<T> target, T weight, T pos_weight, T alpha, T upstream, T* grad) {
+    ElementWeights<V> weights{V(pos_weight), params.alpha_positive, params.alpha_negative};
+    if (a.alpha.data) {
+      weights.alpha_positive = V(alpha);
+      weights.alpha_negative = V(1 - alpha);
+    }
+    const ValueGrad<V> loss = loss_of<Loss>(x, target.t, weights, params);
+    *grad = target.ignored ? T{0} : static_cast<T>(loss.grad) * weight * scale * upstream;
+    return target.ignored ? T{0} : static_cast<T>(loss.value) * weight;
+  };
+  const auto probability_of = [](T x) {
+    const T far = sigmoid(x).far;
+    return x >= 0 ? 1 - far : far;
+  };
+  const auto pack = [&](int64_t at) {
+    const Pack<S> x = load_pack(static_cast<const S*>(a.input.data) + at);
+    const WeightRun<S> weight(a, a.weight, at), pos_weight(a, a.pos_weight, at), alpha(a, a.alpha, at);
+    const IndexRun<T> index(a, at);
+    Neighbours<S, O> t, upstream;
+    if (!indexed) t = load_neighbours<S, O>(a.target, at);
+    if (a.upstream.data) upstream = load_neighbours<S, O>(a.upstream, at);
+    T value[n], grad[n], probability[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      const Target<T> target = indexed ? index.at(k) : Target<T>{widen(t.at[k]), false};
+      value[k] = element(widen(x.at[k]), target, weight.at(k), pos_weight.at(k), alpha.at(k),
+                         a.upstream.data ? widen(upstream.at[k]) : T{1}, &grad[k]);
+      if (a.probability.data) probability[k] = probability_of(widen(x.at[k]));
+    }
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + at, narrow_pack<S>(grad));
+    if (a.value.data) store_packs(static_cast<O*>(a.value.data) + at, value);
+    if (a.probability.data) store_pack(static_cast<S*>(a.probability.data) + at, narrow_pack<S>(probability));
+    sum.add(pairwise_sum<n>(value));
+  };
+  const auto single = [&](int64_t i) {
+    T g;
+    const T x = read<S>(a, a.input, i);
+    const Target<T> target = indexed ? IndexRun<T>(a, i).at(0) : Target<T>{read<S>(a, a.target, i), false};
+    const T v = element(x, target, read<S>(a, a.weight, i), read<S>(a, a.pos_weight, i), read<S>(a, a.alpha, i),
+                        read<O>(a, a.upstream, i), &g);
+    sum.add(v);
+    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(g);
+    if (a.value.data) static_cast<O*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<O>::from(v);
+    if (a.probability.data)
+      static_cast<S*>(a.probability.data)[offset_of(a, a.probability, i)] = Narrow<S>::from(probability_of(x));
+  };
+  const bool flat = !indexed && (!a.weight.data || a.weight.linear) && (!a.pos_weight.data || a.pos_weight.linear) &&
+                    (!a.alpha.data || a.alpha.linear);
+  const int64_t run = a.size[a.ndim - 1];
+  const int64_t packs = packed ? count / n : 0, units = packs + (count - packs * n);
+  const int64_t step = int64_t{gridDim.x} * kThreads;
+  for (int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x; unit < units; unit += step) {
+    const bool whole = unit < packs;
+    const int64_t at = whole ? unit * n : packs * n + (unit - packs);
+    if (whole && (flat || at % run + n <= run)) {
+      pack(at);
+    } else {  // in one place, for the compiler takes long: a pack that crosses runs, and what follows the last pack
+      for (int64_t i = at; i < at + (whole ? n : 1); ++i) single(i);
+    }
+  }
+  if (b.partial) {
+    const double total = block_sum(sum.total, scratch);
+    if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+  }
+}
+
+// Three blocks a multiprocessor, so that enough bytes are on their way.
+template <class Loss, class S, class O>
+__global__ void __launch_bounds__(kThreads, 3)
+    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const O* scalar_upstream,
+                             double* partial) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<O>::V;
+  constexpr int n = Pack<S>::size;
+  const ElementwiseParams<V> params(a);
+  T scale = static_cast<T>(a.grad_scale);
+  if (scalar_upstream) scale *= widen(*scalar_upstream);
+  Sum<T> sum;
+
+  const auto element = [&](T x, T t, T* grad) {
+    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    const ValueGrad<V> loss = loss_of<Loss>(x, t, weights, params);
+    *grad = static_cast<T>(loss.grad) * scale;
+    return static_cast<T>(loss.value);
+  };
+  const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
+  const auto target_at = [&](int64_t i) { return load_neighbours<S, O>(a.target, i * n); };
+  const auto pack = [&](int64_t i, const Pack<S>& x, const Neighbours<S, O>& t) {
+    T value[n], grad[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) value[k] = element(widen(x.at[k]), widen(t.at[k]), &grad[k]);
+    if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
+    sum.add(pairwise_sum<n>(value));
+  };
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  const int64_t packs = packed ? count / n : 0;
+  int64_t p = first;
+  if constexpr (std::is_same_v<S, O>) {  // elsewhere the target may be two packs itself
+    for (; p + step < packs; p += 2 * step) {
+      const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
+      pack(p, x[0], t[0]);
+      pack(p + step, x[1], t[1]);
+    }
+  }
+  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
+  // The elements after the last whole pack, or all of them.
+  for (int64_t i = packs * n + first; i < count; i += step) {
+    T grad;
+    sum.add(element(read<S>(a, a.input, i), read<S>(a, a.target, i), &grad));
+    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
+  }
+  if (partial) {
+    const double total = block_sum(sum.total, reinterpret_cast<double*>(shared_memory()));
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  }
+}
+
+inline bool can_pack(const Operand& operand) {
+  return !operand.data || (operand.linear && reinterpret_cast<uintptr_t>(operand.data) % 16 == 0);
+}
+
+template <class Loss, class S, class O = S>
+cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
+  bool packed = true;
+  for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability}) packed &= can_pack(*o);
+  const auto blocks = static_cast<unsigned>(elementwise_blocks(count));
+  constexpr size_t shared = kThreads / kWarp * sizeof(double);
+  bool plain = !a.index.code && !b.avg_factor;
+  for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})
+    plain &= !o->data;
+  if (plain)
+    return launch(elementwise_plain_kernel<Loss, S, O>, blocks, kThreads, 1, shared, stream, a, count, packed,
+                  static_cast<const O*>(b.scalar_upstream), b.partial);
+  return launch(elementwise_kernel<Loss, S, O>, blocks, kThreads, 1, shared, stream, a, count, packed, b);
+}
+
+template <class S, class O = S>
+cudaError_t elementwise_as(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
+  const auto with = [&](auto loss) { return launch_loss<decltype(loss), S, O>(a, count, b, stream); };
+  // In double a power is not worth a kernel of its own.
+  constexpr bool own = !std::is_same_v<S, double>;
+  constexpr Focusing two = own ? Focusing::two : Focusing::above_one;
+  constexpr Focusing three_halves = own ? Focusing::three_halves : Focusing::above_one;
+  const Focusing focusing = focusing_of(a.gamma);
+  switch (a.loss) {
+    case Elementwise::bce_with_logits: return with(BceWithLogits{});
+    case Elementwise::bce: return with(Bce{});
+    case Elementwise::quality_focal:
+      switch (focusing) {
+        case Focusing::zero: return with(BceWithLogits{});
+        case Focusing::below_one: return with(QualityFocal<Focusing::below_one>{});
+        case Focusing::two: return with(QualityFocal<two>{});
+        default: return with(QualityFocal<Focusing::above_one>{});
+      }
+    case Elementwise::varifocal:
+      switch (focusing) {
+        case Focusing::zero: return with(Varifocal<Focusing::zero>{});
+        case Focusing::below_one: return with(Varifocal<Focusing::below_one>{});
+        case Focusing::two: return with(Varifocal<two>{});
+        default: return with(Varifocal<Focusing::above_one>{});
+      }
+    case Elementwise::sigmoid_focal: break;
+  }
+  switch (focusing) {
+    case Focusing::zero: return with(SigmoidFocal<Focusing::zero>{});
+    case Focusing::below_one: return with(SigmoidFocal<Focusing::below_one>{});
+    case Focusing::three_halves: return with(SigmoidFocal<three_halves>{});
+    case Focusing::two: return with(SigmoidFocal<two>{});
+    default: return with(SigmoidFocal<Focusing::above_one>{});
+  }
+}
+
+}  // namespace
+}  // namespace fused_losses::cuda
