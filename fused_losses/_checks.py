@@ -257,7 +257,7 @@ def index_problem(input: Tensor, target: Tensor) -> str | None:
     """What is wrong with logits and class indices, in words for the user."""
     shape = tuple(input.shape)
     dims = len(shape)
-    if dims == 0 or shape[dims > 1] == 0:
+    if dims == 0 or shape[1 if dims > 1 else 0] == 0:
         return f"input has shape {shape}; expected (C), (N, C) or (N, C, d1, ...) with C > 0"
     expected = shape[:1] + shape[2:] if dims > 1 else ()
     if target.shape != expected:

@@ -251,7 +251,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
     sum.add(pairwise_sum<n>(value));
   };
-  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, step = int64_t{gridDim.x} * kThreads;
+  // Of 32 bits, which they fit: with two registers more sm_100 spills.
+  const unsigned first = blockIdx.x * kThreads + threadIdx.x, step = gridDim.x * kThreads;
   const int64_t packs = packed ? count / n : 0;
   int64_t p = first;
   if constexpr (std::is_same_v<S, O>) {  // elsewhere the target may be two packs itself

@@ -91,7 +91,8 @@ FL_FN Quick log1p_unit(Quick a) {  // log(1 + a) / a as a polynomial, to 1.5e-6 
 }
 FL_FN Quick odds(Quick e) { return e / (1 + e); }
 FL_FN Quick power(Quick a, double y) {  // 0 to the 0 is 1, and not exp2(0 * -inf)
-  return y == 0 ? 1.0f : approximate_exp2(static_cast<float>(y) * approximate_log2(a.x));
+  const float exponent = static_cast<float>(y);
+  return exponent == 0 ? 1.0f : approximate_exp2(exponent * approximate_log2(a.x));
 }
 FL_FN Quick square_root(Quick a) { return approximate_square_root(a.x); }
 FL_FN Quick magnitude(Quick a) { return ::fabsf(a.x); }
