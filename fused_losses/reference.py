@@ -185,6 +185,7 @@ def _may_read(tensor: Tensor) -> bool:
     """Whether its numbers are there, and to be read without waiting for another device."""
     return (
         tensor.is_cpu
+        and type(tensor) is Tensor  # what a compiler traces with has no numbers
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
     )
