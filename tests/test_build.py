@@ -96,7 +96,8 @@ ONE_LOSS = """
 import torch
 import fused_losses.functional as F
 
-print(F.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.tensor([0])).grad_fn.name())
+loss = F.cross_entropy(torch.zeros(1, 2, requires_grad=True), torch.tensor([0]))
+print(loss.grad_fn.name())
 """
 
 
