@@ -45,8 +45,8 @@ static Tensor empty_as(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& 
       if (const auto tensor = tensor_in_kept_memory(sizes, strides, dtype, bytes)) return *tensor;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), dtype, device_type, device_index, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
