@@ -93,9 +93,8 @@ def run(step: Step, seconds_left: float, log: Path) -> Result:
                 state = "failed"
         except subprocess.TimeoutExpired:
             state = "out of time"
-            process.send_signal(
-                signal.SIGINT
-            )  # pytest then says what has failed, compare.py what it has measured
+            # pytest then says what has failed, compare.py what it has measured.
+            process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
             with suppress(ProcessLookupError):
@@ -214,9 +213,8 @@ def seconds(step: Callable[[], object], device: str, rounds: int) -> float:
     begin = [torch.cuda.Event(enable_timing=True) for _ in range(rounds)]
     end = [torch.cuda.Event(enable_timing=True) for _ in range(rounds)]
     torch.cuda.synchronize()
-    torch.cuda._sleep(
-        20_000_000
-    )  # cycles; else a short step is timed by how long the host takes to launch it
+    # Cycles of a busy device: else a short step is timed by how long the host takes to launch it.
+    torch.cuda._sleep(20_000_000)
     for first, last in zip(begin, end, strict=True):
         first.record()
         step()

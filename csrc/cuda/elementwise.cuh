@@ -5,7 +5,7 @@
 // packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
 //   moves 16 bytes of each at a time, and in the plain kernel loads two packs before it uses the first. The weights may
 //   have any strides: a pack that stays inside one run of the last dimension finds its place once; so does an index
-//   target, which is read once for the pack's anchor.
+//   target, which is read once for the pack's anchor. A pack that crosses runs is taken element by element.
 // otherwise: one element at a time, every operand by its strides.
 //
 // S is what input and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S, as
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t at = whole ? unit * n : packs * n + (unit - packs);
     if (whole && (flat || at % run + n <= run)) {
       pack(at);
-    } else {  // in one place, for the compiler takes long: a pack that crosses runs, and what follows the last pack
+    } else {  // one place for packs that cross runs and for what follows the last one: the compiler takes long for it
       for (int64_t i = at; i < at + (whole ? n : 1); ++i) single(i);
     }
   }
