@@ -26,14 +26,15 @@ constexpr int kThreads = 256;
 
 template <class T>
 struct ElementwiseParams {
+  using Exponent = std::conditional_t<std::is_same_v<T, double>, double, float>;
   T alpha_positive, alpha_negative, slope;
-  double gamma, gamma_minus_one;
+  Exponent gamma, gamma_minus_one;
   __device__ __forceinline__ explicit ElementwiseParams(const ElementwiseArgs& a)
       : alpha_positive(static_cast<T>(a.alpha_positive)),
         alpha_negative(static_cast<T>(a.alpha_negative)),
         slope(static_cast<T>(a.detach_weight ? 0 : a.gamma)),
-        gamma(a.gamma),
-        gamma_minus_one(a.gamma - 1) {}
+        gamma(static_cast<Exponent>(a.gamma)),
+        gamma_minus_one(static_cast<Exponent>(a.gamma - 1)) {}
 };
 
 // The formula at one element.
