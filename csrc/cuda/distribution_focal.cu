@@ -22,17 +22,6 @@ int lanes_for(int64_t bins) {
   return lanes;
 }
 
-// The first bin of position p, by one of the sets of strides.
-__device__ __forceinline__ int64_t offset_of(const SoftmaxArgs& a, const int64_t (&stride)[kMaxDims], int64_t p) {
-  int64_t offset = 0;
-  for (int d = a.ndim - 1; d > 0; --d) {
-    const int64_t rest = p / a.size[d];
-    offset += (p - rest * a.size[d]) * stride[d];
-    p = rest;
-  }
-  return offset + p * stride[0];
-}
-
 __device__ __forceinline__ double denominator_of(const DistributionBuffers& b) {
   if (!b.avg_factor) return 1;
   return *b.avg_factor < 1 ? 1 : *b.avg_factor;  // NaN stays

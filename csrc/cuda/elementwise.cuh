@@ -47,17 +47,8 @@ __device__ __forceinline__ ValueGrad<V> loss_of(T x, T t, ElementWeights<V> weig
   return Loss::apply(V(x), sigma, V(t), weights, params);
 }
 
-// Where element i of the common shape is, by these strides.
-__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const int64_t (&stride)[kMaxDims], int64_t i) {
-  int64_t offset = 0;
-  for (int d = a.ndim - 1; d > 0; --d) {
-    const int64_t rest = i / a.size[d];
-    offset += (i - rest * a.size[d]) * stride[d];
-    i = rest;
-  }
-  return offset + i * stride[0];
-}
-__device__ __forceinline__ int64_t offset_of(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
+// Where element i of the common shape is in an operand.
+__device__ __forceinline__ int64_t place_of(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
   return operand.linear ? i : offset_of(a, operand.stride, i);
 }
 
@@ -70,7 +61,7 @@ __device__ __forceinline__ typename ComputeOf<S>::T value_at(const Operand& oper
 }
 template <class S>
 __device__ __forceinline__ typename ComputeOf<S>::T read(const ElementwiseArgs& a, const Operand& operand, int64_t i) {
-  return operand.data ? value_at<S>(operand, offset_of(a, operand, i)) : typename ComputeOf<S>::T{1};
+  return operand.data ? value_at<S>(operand, place_of(a, operand, i)) : typename ComputeOf<S>::T{1};
 }
 
 // As many neighbours as a pack of S holds: a pack, or (beside a wider O) numbers that were stored as S or as O.
@@ -101,7 +92,7 @@ struct WeightRun {
   int64_t offset, step;
 
   __device__ __forceinline__ WeightRun(const ElementwiseArgs& a, const Operand& o, int64_t i)
-      : operand(o), offset(o.data ? offset_of(a, o, i) : 0), step(o.linear ? 1 : o.stride[a.ndim - 1]) {}
+      : operand(o), offset(o.data ? place_of(a, o, i) : 0), step(o.linear ? 1 : o.stride[a.ndim - 1]) {}
   __device__ __forceinline__ typename ComputeOf<S>::T at(int k) const {
     return operand.data ? value_at<S>(operand, offset + k * step) : typename ComputeOf<S>::T{1};
   }
@@ -199,13 +190,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     const T v = element(x, target, read<S>(a, a.weight, i), read<S>(a, a.pos_weight, i), read<S>(a, a.alpha, i),
                         read<O>(a, a.upstream, i), &g);
     sum.add(v);
-    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(g);
-    if (a.value.data) static_cast<O*>(a.value.data)[offset_of(a, a.value, i)] = Narrow<O>::from(v);
+    if (a.grad.data) static_cast<S*>(a.grad.data)[place_of(a, a.grad, i)] = Narrow<S>::from(g);
+    if (a.value.data) static_cast<O*>(a.value.data)[place_of(a, a.value, i)] = Narrow<O>::from(v);
     if (a.probability.data)
-      static_cast<S*>(a.probability.data)[offset_of(a, a.probability, i)] = Narrow<S>::from(probability_of(x));
+      static_cast<S*>(a.probability.data)[place_of(a, a.probability, i)] = Narrow<S>::from(probability_of(x));
   };
-  const bool flat = !indexed && (!a.weight.data || a.weight.linear) && (!a.pos_weight.data || a.pos_weight.linear) &&
-                    (!a.alpha.data || a.alpha.linear);
+  const auto is_flat = [](const Operand& weight) { return !weight.data || weight.linear; };
+  const bool flat = !indexed && is_flat(a.weight) && is_flat(a.pos_weight) && is_flat(a.alpha);
   const int64_t run = a.size[a.ndim - 1];
   const int64_t packs = packed ? count / n : 0, units = packs + (count - packs * n);
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -268,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int64_t i = packs * n + first; i < count; i += step) {
     T grad;
     sum.add(element(read<S>(a, a.input, i), read<S>(a, a.target, i), &grad));
-    if (a.grad.data) static_cast<S*>(a.grad.data)[offset_of(a, a.grad, i)] = Narrow<S>::from(grad);
+    if (a.grad.data) static_cast<S*>(a.grad.data)[place_of(a, a.grad, i)] = Narrow<S>::from(grad);
   }
   if (partial) {
     const double total = block_sum(sum.total, reinterpret_cast<double*>(shared_memory()));

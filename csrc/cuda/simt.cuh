@@ -297,6 +297,18 @@ struct Sum {
   }
 };
 
+// Where element i of the shape args.size[args.ndim] is, by one of the sets of strides.
+template <class Args, size_t dims>
+__device__ __forceinline__ int64_t offset_of(const Args& args, const int64_t (&stride)[dims], int64_t i) {
+  int64_t offset = 0;
+  for (int d = args.ndim - 1; d > 0; --d) {
+    const int64_t rest = i / args.size[d];
+    offset += (i - rest * args.size[d]) * stride[d];
+    i = rest;
+  }
+  return offset + i * stride[0];
+}
+
 // The sum over the block's threads, the same in every thread; `scratch` holds a double a warp. Always the same order.
 __device__ __forceinline__ double block_sum(double value, double* scratch) {
   for (int width = kWarp / 2; width > 0; width /= 2) value += __shfl_xor_sync(0xffffffffu, value, width);

@@ -271,17 +271,6 @@ __device__ __forceinline__ typename ComputeOf<O>::T upstream_of(const SoftmaxArg
   return a.upstream ? widen(static_cast<const O*>(a.upstream)[p]) : typename ComputeOf<O>::T{1};
 }
 
-// The first logit of position p, by one of the three sets of strides.
-__device__ __forceinline__ int64_t offset_of(const SoftmaxArgs& a, const int64_t (&stride)[kMaxDims], int64_t p) {
-  int64_t offset = 0;
-  for (int d = a.ndim - 1; d > 0; --d) {
-    const int64_t rest = p / a.size[d];
-    offset += (p - rest * a.size[d]) * stride[d];
-    p = rest;
-  }
-  return offset + p * stride[0];
-}
-
 __device__ __forceinline__ void write_partial(const SoftmaxBuffers& b, double value, unsigned place, double* scratch) {
   if (!b.partial) return;
   const double total = block_sum(value, scratch);
