@@ -20,9 +20,12 @@ EXACT: dict[str, Callable[..., mpmath.mpf]] = {
     "exp": mpmath.exp,
     "exp_term": mpmath.exp,
     "exp_term_coarse": mpmath.exp,
+    "exp_minus_magnitude": lambda x: mpmath.exp(-abs(x)),
     "exp_minus_magnitude_coarse": lambda x: mpmath.exp(-abs(x)),
     "log": mpmath.log,
     "log1p": mpmath.log1p,
+    "log_unit": mpmath.log,
+    "log_complement": lambda x: mpmath.log1p(-x),
     "log1p_unit": mpmath.log1p,
     "log1p_unit_coarse": mpmath.log1p,
     "odds": lambda e: mpmath.mpf(e) / (1 + mpmath.mpf(e)),
@@ -37,11 +40,17 @@ BOUNDS = [
     ("exp_term", np.float32, 1.2),
     ("exp_term", np.float64, 1.0),
     ("exp_term_coarse", np.float32, 150.0),
+    ("exp_minus_magnitude", np.float32, 1.2),
+    ("exp_minus_magnitude", np.float64, 1.0),
     ("exp_minus_magnitude_coarse", np.float32, 150.0),
     ("log", np.float32, 1.0),
     ("log", np.float64, 1.0),
     ("log1p", np.float32, 1.0),
     ("log1p", np.float64, 1.0),
+    ("log_unit", np.float32, 1.0),
+    ("log_unit", np.float64, 1.0),
+    ("log_complement", np.float32, 1.1),
+    ("log_complement", np.float64, 1.0),
     ("log1p_unit", np.float32, 1.5),
     ("log1p_unit", np.float64, 1.0),
     ("log1p_unit_coarse", np.float32, 30.0),
@@ -63,7 +72,9 @@ def points(name: str, dtype: type[np.floating]) -> Array:
     """Where the losses use the function, the ends of the dtype's range and the neighbourhood of its zeros."""
     random = np.random.default_rng(3)
     info = np.finfo(dtype)
-    if name.startswith("exp"):
+    if name == "exp_minus_magnitude":  # its subnormal numbers, too
+        x = random.uniform(-1, 1, 4000) * np.log(float(info.smallest_subnormal)) * np.repeat([1, 0.01], 2000)
+    elif name.startswith("exp"):
         low, high = float(np.log(info.smallest_normal)), float(np.log(info.max)) if name == "exp" else 0.0
         x = np.concatenate(
             [
@@ -73,6 +84,12 @@ def points(name: str, dtype: type[np.floating]) -> Array:
                 [0, -0.0],
             ]
         )
+    elif name in ("log_unit", "log_complement"):
+        smallest = np.log10(float(info.smallest_subnormal)) if name == "log_unit" else -30
+        small = np.maximum(10.0 ** random.uniform(smallest, 0, 2000), float(info.smallest_subnormal))
+        x = np.concatenate([random.uniform(0, 1, 3000), small, [0.5, 1 / 3]])
+        x = np.concatenate([x, 1 - x[x > 1e-3], np.nextafter(np.array([0.5, 0.25, 1], dtype), dtype(0))])
+        x = x[(x.astype(dtype) > 0) & (x.astype(dtype) < 1)]
     elif name.startswith(("log1p_unit", "odds")):
         x = np.concatenate([random.uniform(0, 1, 3000), 10.0 ** random.uniform(-30, 0, 1000), [0, 1, 0.5]])
     elif name == "log1p":
@@ -142,6 +159,9 @@ def test_special_values(dtype: type[np.floating]) -> None:
     for name, values in table.items():
         y = evaluate(name, np.array(list(values), dtype))
         np.testing.assert_allclose(y, list(values.values()), rtol=1e-6, err_msg=name)
+    ends = np.array([0.0, 1.0], dtype)  # what is infinite may be anything below the -100 of binary cross entropy
+    assert np.maximum(evaluate("log_unit", ends), -100).tolist() == [-100, 0]
+    assert np.maximum(evaluate("log_complement", ends), -100).tolist() == [0, -100]
     assert evaluate("pow", np.array([0.0, 1.0], dtype), 0.0).tolist() == [1.0, 1.0]
     assert evaluate("pow", np.array([0.0, 1.0], dtype), 0.5).tolist() == [0.0, 1.0]
 

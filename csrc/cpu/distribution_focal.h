@@ -9,6 +9,7 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
   using Lane = decltype(I{}[0] + 0);
   constexpr int vectors = FUSED_LOSSES_VECTOR_BYTES == 64 ? 4 : 2;  // as many as the registers hold
   constexpr int lanes = Lanes<V>::count, group = vectors * lanes;
+  constexpr int at_once = Lanes<typename BatchOf<T>::V>::count / lanes;  // exponentials
 
   const SoftmaxArgs& a = d.rows;
   const int64_t classes = a.classes, last = a.ndim - 1;
@@ -51,22 +52,28 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
         const V left = at_least(at_most(below, broadcast<V>(static_cast<T>(classes - 2))), V{}), right = left + 1;
         V z_left{}, z_right = broadcast<V>(static_cast<T>(-__builtin_inf()));
         LongSum<V> others;
-        const auto add_bin = [&](int64_t c) {
-          T* const at = x + c * group + u * lanes;
-          const V bin = broadcast<V>(number[c]), z = load(at) - shift[u], term = exp_term(z);
-          const auto is_left = bin == left, is_right = bin == right;
-          z_left = select<V>(is_left, z, z_left);
-          z_right = select<V>(is_right, z, z_right);
-          others.add(select<V>(is_left | is_right, V{}, term));
-          if constexpr (want_grad) store(at, term);
+        const auto add_bins = [&](auto count, int64_t first) {
+          V z[count.value], term[count.value];
+#pragma GCC unroll 4
+          for (int k = 0; k < count.value; ++k) z[k] = term[k] = load(x + (first + k) * group + u * lanes) - shift[u];
+          exp_terms(term);
+#pragma GCC unroll 4
+          for (int k = 0; k < count.value; ++k) {
+            const V bin = broadcast<V>(number[first + k]);
+            const auto is_left = bin == left, is_right = bin == right;
+            z_left = select<V>(is_left, z[k], z_left);
+            z_right = select<V>(is_right, z[k], z_right);
+            others.add(select<V>(is_left | is_right, V{}, term[k]));
+            if constexpr (want_grad) store(x + (first + k) * group + u * lanes, term[k]);
+          }
         };
         int64_t c = 0;
         for (; c + 4 <= classes; c += 4) {
 #pragma GCC unroll 4
-          for (int64_t k = 0; k < 4; ++k) add_bin(c + k);
+          for (int64_t k = 0; k < 4; k += at_once) add_bins(std::integral_constant<int, at_once>(), c + k);
           others.end_run();
         }
-        for (; c < classes; ++c) add_bin(c);
+        for (; c < classes; ++c) add_bins(std::integral_constant<int, 1>(), c);
         others.end_run();
         left_bin[u] = left;
         row[u] = {right - place, place - left, z_left, z_right, exp_term(z_left), exp_term(z_right), others.total};

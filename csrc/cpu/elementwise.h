@@ -83,7 +83,7 @@ FL_CALL void unstage(const ElementwiseArgs& a, const Position& at, const Operand
 // An index target's tile: `negative` but for the few elements written here, in their order. Their vectors are listed.
 template <class T>
 struct IndexTile {
-  static constexpr int lanes = Lanes<typename VectorOf<T>::V>::count;
+  static constexpr int lanes = Lanes<typename BatchOf<T>::V>::count;
   alignas(64) T target[kTile];
   int listed[kTile / lanes], count = 0;
 
@@ -97,7 +97,7 @@ struct IndexTile {
     if (count == 0 || listed[count - 1] != vector) listed[count++] = vector;
   }
   void clear(T negative) {
-    for (int k = 0; k < count; ++k) store(target + listed[k] * lanes, broadcast<typename VectorOf<T>::V>(negative));
+    for (int k = 0; k < count; ++k) store(target + listed[k] * lanes, broadcast<typename BatchOf<T>::V>(negative));
     count = 0;
   }
 };
@@ -178,14 +178,14 @@ struct Tile {
 // wait for most of the time.
 template <class Loss, bool want_value, bool want_grad, bool coarse, class T>
 FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, const ElementwiseParams<T>& given_params) {
-  using V = typename VectorOf<T>::V;
+  using V = typename BatchOf<T>::V;
   constexpr int lanes = Lanes<V>::count;
   const Tile<T> tile = given_tile;  // copies, which no store in the loop can change
   const ElementwiseParams<T> params = given_params;
   alignas(64) T exponential[kTile];  // exp(-|x|)
   if constexpr (Loss::on_logits)
     for (int64_t i = 0; i < n; i += lanes) {
-      const V x = load(tile.input + i);
+      const V x = load_as<V>(tile.input + i);
       if constexpr (coarse)
         store(exponential + i, exp_minus_magnitude_coarse(x));
       else
@@ -195,16 +195,16 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
   V partial{};
   int pending = 0;
   for (int64_t i = 0; i < n; i += lanes) {
-    ElementWeights<V> weights{tile.pos_weight ? load(tile.pos_weight + i) : broadcast<V>(1),
+    ElementWeights<V> weights{tile.pos_weight ? load_as<V>(tile.pos_weight + i) : broadcast<V>(1),
                               broadcast<V>(params.alpha_positive), broadcast<V>(params.alpha_negative)};
     if (tile.alpha) {
-      weights.alpha_positive = load(tile.alpha + i);
+      weights.alpha_positive = load_as<V>(tile.alpha + i);
       weights.alpha_negative = 1 - weights.alpha_positive;
     }
-    const V x = load(tile.input + i), t = load(tile.target + i);
+    const V x = load_as<V>(tile.input + i), t = load_as<V>(tile.target + i);
     Sigmoid<V> sigma{};
     if constexpr (Loss::on_logits) {
-      const V e = load(exponential + i);
+      const V e = load_as<V>(exponential + i);
       if constexpr (coarse)
         sigma = {odds_coarse(e), magnitude(x), log1p_unit_coarse(e)};
       else
@@ -212,7 +212,7 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
     }
     ValueGrad<V> r = Loss::apply(x, sigma, t, weights, params);
     if (tile.weight) {
-      const V weight = load(tile.weight + i);
+      const V weight = load_as<V>(tile.weight + i);
       r.value *= weight;
       r.grad *= weight;
     }
@@ -224,7 +224,7 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
     if (tile.probability) store(tile.probability + i, select<V>(x >= 0, 1 - sigma.far, sigma.far));
     if constexpr (want_grad) {
       r.grad *= grad_scale;
-      if (tile.upstream) r.grad *= load(tile.upstream + i);
+      if (tile.upstream) r.grad *= load_as<V>(tile.upstream + i);
       store(tile.grad + i, r.grad);
     }
     if constexpr (want_value) {
@@ -280,7 +280,7 @@ FL_FN bool repeats(const ElementwiseArgs& a, const Operand& operand, int64_t len
 
 template <class T>
 static double elementwise_range(const ElementwiseArgs& a, int64_t begin, int64_t end, TileLoops<T> loops) {
-  constexpr int lanes = Lanes<typename VectorOf<T>::V>::count;
+  constexpr int lanes = Lanes<typename BatchOf<T>::V>::count;
   const ElementwiseParams<T> params{static_cast<T>(a.alpha_positive), static_cast<T>(a.alpha_negative),
                                     static_cast<T>(a.detach_weight ? 0 : a.gamma), a.gamma, a.gamma - 1};
   const T grad_scale = static_cast<T>(a.grad_scale), negative = static_cast<T>(a.index.negative);

@@ -60,6 +60,9 @@ static bool evaluate_as(const char* function, const T* x, T* y, int64_t count, d
     if (is("log1p_unit_coarse")) return map([](V v) { return log1p_unit_coarse(v); });
     if (is("odds_coarse")) return map([](V v) { return odds_coarse(v); });
   }
+  if (is("exp_minus_magnitude")) return map([](V v) { return exp_minus_magnitude(v); });
+  if (is("log_unit")) return map([](V v) { return log_unit(v); });
+  if (is("log_complement")) return map([](V v) { return log_complement(v); });
   if (is("log")) return map([](V v) { return log(v); });
   if (is("log1p")) return map([](V v) { return log1p(v); });
   if (is("log1p_unit")) return map([](V v) { return log1p_unit(v); });

@@ -33,7 +33,13 @@ struct Lanes<vd> {
   static constexpr int mantissa_bits = 52, exponent_bias = 1023;
 };
 template <>
+struct Lanes<vi> {
+  using Scalar = int32_t;
+  static constexpr int count = FUSED_LOSSES_VECTOR_BYTES / 4;
+};
+template <>
 struct Lanes<vl> {
+  using Scalar = int64_t;
   static constexpr int count = FUSED_LOSSES_VECTOR_BYTES / 8;
 };
 template <class T>
@@ -47,25 +53,105 @@ struct VectorOf<double> {
   using V = vd;
 };
 
+// Two vectors as one: every operation on the first, then on the second. A formula is a chain of operations, and where a
+// processor looks ahead few of them it waits for the chain; two of them by turns wait half as often.
+template <class V>
+struct Pair {
+  using Scalar = typename Lanes<V>::Scalar;
+  using Mask = Pair<decltype(V{} == V{})>;
+  V first, second;
+
+#define FL_PAIR_OPERATOR(op, Result)                                                                         \
+  friend FL_INLINE Result operator op(Pair a, Pair b) { return {a.first op b.first, a.second op b.second}; } \
+  friend FL_INLINE Result operator op(Pair a, V b) { return {a.first op b, a.second op b}; }                 \
+  friend FL_INLINE Result operator op(Pair a, Scalar b) { return {a.first op b, a.second op b}; }            \
+  friend FL_INLINE Result operator op(Scalar a, Pair b) { return {a op b.first, a op b.second}; }
+  FL_PAIR_OPERATOR(+, Pair)
+  FL_PAIR_OPERATOR(-, Pair)
+  FL_PAIR_OPERATOR(*, Pair)
+  FL_PAIR_OPERATOR(/, Pair)
+  FL_PAIR_OPERATOR(&, Pair)
+  FL_PAIR_OPERATOR(|, Pair)
+  FL_PAIR_OPERATOR(<<, Pair)
+  FL_PAIR_OPERATOR(>>, Pair)
+  FL_PAIR_OPERATOR(==, Mask)
+  FL_PAIR_OPERATOR(<, Mask)
+  FL_PAIR_OPERATOR(<=, Mask)
+  FL_PAIR_OPERATOR(>, Mask)
+  FL_PAIR_OPERATOR(>=, Mask)
+#undef FL_PAIR_OPERATOR
+  FL_INLINE Pair operator-() const { return {-first, -second}; }
+  FL_INLINE Pair operator~() const { return {~first, ~second}; }
+  template <class B>
+  FL_INLINE Pair& operator+=(B b) {
+    return *this = *this + b;
+  }
+  template <class B>
+  FL_INLINE Pair& operator-=(B b) {
+    return *this = *this - b;
+  }
+  template <class B>
+  FL_INLINE Pair& operator*=(B b) {
+    return *this = *this * b;
+  }
+};
+template <class V>
+constexpr bool is_pair = false;
+template <class V>
+constexpr bool is_pair<Pair<V>> = true;
+template <class V>
+struct Lanes<Pair<V>> {
+  using Scalar = typename Lanes<V>::Scalar;
+  using Int = typename Pair<V>::Mask;
+  static constexpr int count = 2 * Lanes<V>::count;
+  static constexpr int mantissa_bits = Lanes<V>::mantissa_bits, exponent_bias = Lanes<V>::exponent_bias;
+};
+// What a long formula takes at a time: two chains with AVX2, where sixteen registers hold no more of them. AVX-512
+// gains too little for what it costs.
+template <class T>
+struct BatchOf {
+  using V = typename VectorOf<T>::V;
+};
+#if FUSED_LOSSES_VECTOR_BYTES == 32
+template <>
+struct BatchOf<float> {
+  using V = Pair<vf>;
+};
+#endif
+
 template <class V>
 FL_FN V broadcast(typename Lanes<V>::Scalar value) {
   return value - V{};  // x - 0 is x for every x, -0 and NaN included
 }
 template <class V>
 FL_FN V select(typename Lanes<V>::Int mask, V yes, V no) {
-  return mask ? yes : no;
+  if constexpr (is_pair<V>)
+    return {select(mask.first, yes.first, no.first), select(mask.second, yes.second, no.second)};
+  else
+    return mask ? yes : no;
 }
 template <class To, class From>
 FL_FN To bits(From from) {
   static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof to);
-  return to;
+  if constexpr (is_pair<From>) {
+    return {bits<decltype(To::first)>(from.first), bits<decltype(To::second)>(from.second)};
+  } else {
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+  }
 }
 template <class V>
 FL_FN V magnitude(V x) {
   using I = typename Lanes<V>::Int;
   return bits<V>(bits<I>(x) & ~bits<I>(broadcast<V>(-0.0)));
+}
+template <class V>
+FL_FN V to_number(typename Lanes<V>::Int i) {
+  if constexpr (is_pair<V>)
+    return {to_number<decltype(V::first)>(i.first), to_number<decltype(V::second)>(i.second)};
+  else
+    return __builtin_convertvector(i, V);
 }
 // n with 2^n <= x < 2^(n+1), for a normal x >= 0; -bias for 0.
 template <class V>
@@ -106,9 +192,6 @@ typedef __m256d native_vd;
 typedef __m128 native_vf;
 typedef __m128d native_vd;
 #endif
-#if defined(FL_FLOAT_OP) && FUSED_LOSSES_VECTOR_BYTES >= 32
-#define FL_MULTIPLY_SUBTRACT(a, b, c) FL_FLOAT_OP(fmsub, bits<native_vf>(a), bits<native_vf>(b), bits<native_vf>(c))
-#endif
 #ifdef FL_FLOAT_OP
 FL_FN vf at_least(vf a, vf low) { return FL_FLOAT_OP(max, bits<native_vf>(low), bits<native_vf>(a)); }
 FL_FN vd at_least(vd a, vd low) { return FL_DOUBLE_OP(max, bits<native_vd>(low), bits<native_vd>(a)); }
@@ -133,6 +216,31 @@ FL_FN vd square_root(vd x) {
   for (int i = 0; i < Lanes<vd>::count; ++i) x[i] = __builtin_sqrt(x[i]);
   return x;
 }
+#endif
+template <class V>
+FL_FN Pair<V> at_least(Pair<V> a, Pair<V> low) {
+  return {at_least(a.first, low.first), at_least(a.second, low.second)};
+}
+template <class V>
+FL_FN Pair<V> at_most(Pair<V> a, Pair<V> high) {
+  return {at_most(a.first, high.first), at_most(a.second, high.second)};
+}
+template <class V>
+FL_FN Pair<V> square_root(Pair<V> x) {
+  return {square_root(x.first), square_root(x.second)};
+}
+#if defined(FL_FLOAT_OP) && FUSED_LOSSES_VECTOR_BYTES >= 32
+#define FL_HAS_FMA 1
+// a b - c, rounded once.
+FL_FN vf multiply_subtract(vf a, vf b, vf c) {
+  return FL_FLOAT_OP(fmsub, bits<native_vf>(a), bits<native_vf>(b), bits<native_vf>(c));
+}
+template <class V>
+FL_FN Pair<V> multiply_subtract(Pair<V> a, Pair<V> b, Pair<V> c) {
+  return {multiply_subtract(a.first, b.first, c.first), multiply_subtract(a.second, b.second, c.second)};
+}
+#else
+#define FL_HAS_FMA 0
 #endif
 
 // Storage types. bf16 and fp16 are two bytes in memory and a float in a register.
@@ -227,26 +335,32 @@ FL_FN void store(S* p, vf v) {
   const vh raw = narrow(v, S{});
   __builtin_memcpy(p, &raw, sizeof raw);
 }
+template <class V, class S>
+FL_FN V load_as(const S* p) {
+  if constexpr (is_pair<V>)
+    return {load_as<decltype(V::first)>(p), load_as<decltype(V::second)>(p + Lanes<V>::count / 2)};
+  else
+    return load(p);
+}
+template <class S, class V>
+FL_FN void store(S* p, Pair<V> v) {
+  store(p, v.first);
+  store(p + Lanes<V>::count, v.second);
+}
 // Two vectors' worth of a narrow type at once, in whatever order is cheapest; store_two undoes load_two's. A NaN must
 // hold nothing in the half of its bits that bf16 drops, as those do that come of widened ones and of none.
-struct Two {
-  vf first, second;
-};
-FL_FN Two load_two(const bf16* p) {
+FL_FN Pair<vf> load_two(const bf16* p) {
   vu raw;
   __builtin_memcpy(&raw, p, sizeof raw);
   return {bits<vf>(raw << 16), bits<vf>(raw & 0xffff0000u)};
 }
-FL_FN void store_two(bf16* p, Two two) {
+FL_FN void store_two(bf16* p, Pair<vf> two) {
   const auto rounded = [](vf x) { return bits<vu>(x) + 0x7fffu + ((bits<vu>(x) >> 16) & 1u); };
   const vu raw = (rounded(two.first) >> 16) | (rounded(two.second) & 0xffff0000u);
   __builtin_memcpy(p, &raw, sizeof raw);
 }
-FL_FN Two load_two(const f16* p) { return {load(p), load(p + Lanes<vf>::count)}; }
-FL_FN void store_two(f16* p, Two two) {
-  store(p, two.first);
-  store(p + Lanes<vf>::count, two.second);
-}
+FL_FN Pair<vf> load_two(const f16* p) { return {load(p), load(p + Lanes<vf>::count)}; }
+FL_FN void store_two(f16* p, Pair<vf> two) { store(p, two); }
 FL_FN float load_one(const float* p) { return *p; }
 FL_FN double load_one(const double* p) { return *p; }
 template <class S>
@@ -287,6 +401,14 @@ FL_FN void store_part(S* p, int64_t n, vf v) {
   _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits<__m256i>(narrow(v, S{})));
 }
 #else
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+FL_FN vf load_lanes(const float* p, int64_t n) {
+  return bits<vf>(_mm256_maskload_ps(p, bits<__m256i>(lane_numbers<vf>() < vi{} + static_cast<int32_t>(n))));
+}
+FL_FN vd load_lanes(const double* p, int64_t n) {
+  return bits<vd>(_mm256_maskload_pd(p, bits<__m256i>(lane_numbers<vd>() < vl{} + n)));
+}
+#endif
 template <class S>
 FL_CALL auto load_lanes(const S* p, int64_t n) {
   S raw[FUSED_LOSSES_VECTOR_BYTES / sizeof(typename ComputeOf<S>::T)] = {};
@@ -369,6 +491,10 @@ FL_FN vd round_once(vd w) { return w; }
 FL_FN vd to_double_sum(vf v) { return to_double(low_half(v)) + to_double(high_half(v)); }
 FL_FN vd to_double_sum(vd v) { return v; }
 FL_FN vd to_double_sum(Wide w) { return w.low + w.high; }
+template <class V>
+FL_FN vd to_double_sum(Pair<V> v) {
+  return to_double_sum(v.first) + to_double_sum(v.second);
+}
 
 // Across the lanes: halves are folded onto each other, log2(lanes) steps.
 template <class S, int n>

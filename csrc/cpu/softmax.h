@@ -142,7 +142,9 @@ constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : stati
 
 // ---- rows -----------------------------------------------------------------------------------------------------
 
-constexpr int64_t kBlock = 1024;     // classes: only the block that holds the target tells its term from the others
+// Classes: only the block that holds the target tells its term from the others. Where an addition has a mask of its
+// own, that costs less than another block.
+constexpr int64_t kBlock = FUSED_LOSSES_VECTOR_BYTES == 64 ? 1024 : 128;
 constexpr int64_t kGroup = 8192;     // logits: those of a group of short rows stay in L2
 constexpr int64_t kPrefetch = 4096;  // logits ahead, or a group, so that memory has the time of its gradients, too
 
@@ -151,16 +153,12 @@ constexpr int64_t kPrefetch = 4096;  // logits ahead, or a group, so that memory
 template <class S>
 constexpr bool is_narrow = sizeof(S) == 2;
 
-template <bool coarse>
-FL_FN auto term_of(vf x) {
+template <bool coarse, class V>
+FL_FN V term_of(V x) {
   if constexpr (coarse)
     return exp_term_coarse(x);
   else
     return exp_term(x);
-}
-template <bool coarse>
-FL_FN vd term_of(vd x) {
-  return exp_term(x);
 }
 
 // A group of rows, a lane a row: where they lie, and what one pass over them leaves behind.
@@ -204,6 +202,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
   using V = typename VectorOf<T>::V;
   using I = typename Lanes<V>::Int;
   using Lane = decltype(I{}[0] + 0);
+  using Batch = typename BatchOf<T>::V;
   constexpr int lanes = Lanes<V>::count;
   const int64_t next = n * rows.count, ahead_of_use = next > kPrefetch && next <= kGroup ? next : kPrefetch;
   for (int i = first; i < last; ++i) {
@@ -224,6 +223,15 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
       while (j < end) {
         // Few additions in T before the sum goes on in double: in a confident row one lane holds a 1 to round at.
         const int64_t stop = j + 8 * lanes < end ? j + 8 * lanes : end;
+        if constexpr (is_pair<Batch> && dense != Dense::any)
+          for (; j + 2 * lanes <= stop; j += 2 * lanes) {
+            __builtin_prefetch(x + j + ahead_of_use);
+            const Batch distance = load_as<Batch>(x + j) - shift, term = term_of<coarse.value>(distance);
+            if constexpr (keep) store(e + j, term);
+            add(term.first);
+            add(term.second);
+            if constexpr (dense == Dense::uniform) sum_q_distance -= distance.first + distance.second;
+          }
         for (; j + lanes <= stop; j += lanes) {
           __builtin_prefetch(x + j + ahead_of_use);
           const V distance = load(x + j) - shift, term = term_of<coarse.value>(distance);
@@ -300,8 +308,8 @@ FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t n, const DenseTarge
     const V high = broadcast<V>(static_cast<T>(factor));
     const V low = broadcast<V>(static_cast<T>(what_is_left(factor, high[0])));
     const V scale = broadcast<V>(static_cast<T>(plain_nan(rows.scale[i]))), same = scale * target.smooth;
-    const auto gradient = [&](V term, V q) {
-      V small{};
+    const auto gradient = [&](auto term, V q) {
+      decltype(term) small{};
       if constexpr (is_narrow<S>)
         term = exp_term_coarse(term - shift);
       else
@@ -321,8 +329,11 @@ FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t n, const DenseTarge
     int64_t j = 0;
     if constexpr (is_narrow<S> && dense != Dense::any)
       for (; j + 2 * lanes <= n; j += 2 * lanes) {
-        const Two terms = load_two(from + j);
-        store_two(to + j, {gradient(terms.first, V{}), gradient(terms.second, V{})});
+        const Pair<V> terms = load_two(from + j);
+        if constexpr (is_pair<typename BatchOf<T>::V>)
+          store_two(to + j, gradient(terms, V{}));
+        else
+          store_two(to + j, {gradient(terms.first, V{}), gradient(terms.second, V{})});
       }
     for (; j + lanes <= n; j += lanes) store(to + j, whole(j));
     if (overlaps)
@@ -572,6 +583,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
   using Lane = decltype(I{}[0] + 0);
   constexpr int vectors = FUSED_LOSSES_VECTOR_BYTES == 64 ? 4 : 2;  // as many as the registers hold
   constexpr int lanes = Lanes<V>::count, group = vectors * lanes;
+  constexpr int at_once = Lanes<typename BatchOf<T>::V>::count / lanes;  // exponentials
 
   const DType dtype = a.dtype;
   const int64_t classes = a.classes, last = a.ndim - 1;
@@ -664,19 +676,29 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       for (int64_t c = 0; c < classes; ++c) {
         const T class_weight = weight ? weight[c] : T{1};
 #pragma GCC unroll 4
-        for (int u = 0; u < vectors; ++u) {
-          // Short runs far apart: no processor sees them coming. The next logits, and where this gradient will go.
-          if (direct) __builtin_prefetch(from + c * from_pitch + u * lanes + group);
-          if (in_place) __builtin_prefetch(to + c * to_pitch + u * lanes, 1);
-          const V distance = load(from + c * from_pitch + u * lanes) - shift[u], term = exp_term(distance);
-          const I is_target = y[u] == I{} + static_cast<Lane>(c);
-          if constexpr (want_grad) store(x + c * group + u * lanes, term);
-          rest[u].add(select<V>(is_target, V{}, term));
-          above[u] = select<V>(is_target, distance, above[u]);
-          if constexpr (dense) {
-            const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
-            q_sum[u].add(q);
-            q_distance[u].add(-q * distance);
+        for (int first = 0; first < vectors; first += at_once) {
+          V distance[at_once], term[at_once];
+#pragma GCC unroll 4
+          for (int k = 0; k < at_once; ++k) {
+            const int u = first + k;
+            // Short runs far apart: no processor sees them coming. The next logits, and where this gradient will go.
+            if (direct) __builtin_prefetch(from + c * from_pitch + u * lanes + group);
+            if (in_place) __builtin_prefetch(to + c * to_pitch + u * lanes, 1);
+            distance[k] = term[k] = load(from + c * from_pitch + u * lanes) - shift[u];
+          }
+          exp_terms(term);
+#pragma GCC unroll 4
+          for (int k = 0; k < at_once; ++k) {
+            const int u = first + k;
+            const I is_target = y[u] == I{} + static_cast<Lane>(c);
+            if constexpr (want_grad) store(x + c * group + u * lanes, term[k]);
+            rest[u].add(select<V>(is_target, V{}, term[k]));
+            above[u] = select<V>(is_target, distance[k], above[u]);
+            if constexpr (dense) {
+              const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
+              q_sum[u].add(q);
+              q_distance[u].add(-q * distance[k]);
+            }
           }
         }
         if (c % 4 == 3 || c + 1 == classes) {

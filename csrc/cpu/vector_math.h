@@ -43,6 +43,8 @@ struct ExpConstants<vf> {
   static constexpr float series[] = {0.49999994040f, 0.16666521132f, 0.041668388993f, 0.0083687454462f,
                                      0.0013814540580f};
 };
+template <class V>
+struct ExpConstants<Pair<V>> : ExpConstants<V> {};
 template <>
 struct ExpConstants<vd> {
   static constexpr double round = 6755399441055744.0;
@@ -57,6 +59,10 @@ struct ExpConstants<vd> {
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
 FL_FN vf times_power_of_two(vf x, vf n) { return FL_FLOAT_OP(scalef, bits<native_vf>(x), bits<native_vf>(n)); }
 FL_FN vd times_power_of_two(vd x, vd n) { return FL_DOUBLE_OP(scalef, bits<native_vd>(x), bits<native_vd>(n)); }
+template <class V>
+FL_FN V divided_by_power_of_two(V x, V n) {
+  return times_power_of_two(x, n);
+}
 #else
 template <class V>
 FL_FN V times_power_of_two(V x, V n) {
@@ -67,6 +73,17 @@ FL_FN V times_power_of_two(V x, V n) {
   const V a = bits<V>((half + L::exponent_bias) << L::mantissa_bits);
   const V b = bits<V>((i - half + L::exponent_bias) << L::mantissa_bits);
   return x * a * b;
+}
+// The same for n <= 0, where the result may be as small as it likes, but 2^(n + more) is a normal number.
+template <class V>
+FL_FN V divided_by_power_of_two(V x, V n) {
+  using L = Lanes<V>;
+  using I = typename L::Int;
+  const V round = broadcast<V>(ExpConstants<V>::round);
+  const I i = bits<I>(n + round) - bits<I>(round);
+  constexpr int more = L::mantissa_bits + 8;
+  constexpr double less = 1 / static_cast<double>(int64_t{1} << more);
+  return x * bits<V>((i + (L::exponent_bias + more)) << L::mantissa_bits) * static_cast<typename L::Scalar>(less);
 }
 #endif
 
@@ -121,40 +138,53 @@ FL_FN V scale_term(V x, V mantissa, V n) {
   const V power = bits<V>((i + L::exponent_bias) << L::mantissa_bits);
   return select<V>(x < ExpConstants<V>::log_smallest_normal, V{}, mantissa * power);
 }
-FL_FN vf round_to_integer(vf x) { return (x + ExpConstants<vf>::round) - ExpConstants<vf>::round; }
 #endif
-FL_FN vd round_to_integer(vd x) { return (x + ExpConstants<vd>::round) - ExpConstants<vd>::round; }
+template <class V>
+FL_FN V round_to_integer(V x) {
+  return (x + ExpConstants<V>::round) - ExpConstants<V>::round;
+}
 
 // exp(x) as mantissa * 2^n.
 template <class V>
 struct Term {
   V mantissa, n;
 };
-FL_FN Term<vd> split_term(vd x) {
-  const auto [r, n] = reduce_exp(x);
-  return {exp_reduced(r), n};
+template <class V>
+FL_FN Term<V> split_term(V x) {
+  if constexpr (FL_HAS_FMA && sizeof(typename Lanes<V>::Scalar) == 4) {
+    // 2^f by a minimax fit, off by at most 1.6e-8. With fused multiply-add f = x log2(e) - n is rounded once, and what
+    // log2(e) has lost as a float is added.
+    constexpr float log2_e = 1.44269504088896340736f, lost = 1.925963e-8f;
+    static constexpr float c[] = {1.0f,           0.69314718246f,   0.24022647738f,   0.055503323674f,
+                                  0.00961843692f, 0.0013398875017f, 0.00015353361960f};
+    const V n = round_to_integer(x * log2_e);
+    return {polynomial(c, x * lost + multiply_subtract(x, broadcast<V>(log2_e), n)), n};
+  } else {
+    const auto [r, n] = reduce_exp(x);
+    return {exp_reduced(r), n};
+  }
 }
-#ifdef FL_MULTIPLY_SUBTRACT
-// 2^f by a minimax fit, off by at most 1.6e-8. With fused multiply-add f = x log2(e) - n is rounded once, and what
-// log2(e) has lost as a float is added.
-FL_FN Term<vf> split_term(vf x) {
-  constexpr float log2_e = 1.44269504088896340736f, lost = 1.925963e-8f;
-  static constexpr float c[] = {1.0f,           0.69314718246f,   0.24022647738f,   0.055503323674f,
-                                0.00961843692f, 0.0013398875017f, 0.00015353361960f};
-  const vf n = round_to_integer(x * log2_e);
-  return {polynomial(c, x * lost + FL_MULTIPLY_SUBTRACT(x, broadcast<vf>(log2_e), n)), n};
-}
-#else
-FL_FN Term<vf> split_term(vf x) {
-  const auto [r, n] = reduce_exp(x);
-  return {exp_reduced(r), n};
-}
-#endif
 
 template <class V>
 FL_FN V exp_term(V x) {
   const auto [mantissa, n] = split_term(fence_term(x));
   return scale_term(x, mantissa, n);
+}
+// The same of several vectors, as many by turns as make a batch.
+template <class V, int n>
+FL_FN void exp_terms(V (&x)[n]) {
+  using Batch = typename BatchOf<typename Lanes<V>::Scalar>::V;
+  if constexpr (is_pair<Batch> && n % 2 == 0) {
+#pragma GCC unroll 4
+    for (int u = 0; u < n; u += 2) {
+      const Batch terms = exp_term(Batch{x[u], x[u + 1]});
+      x[u] = terms.first;
+      x[u + 1] = terms.second;
+    }
+  } else {
+#pragma GCC unroll 4
+    for (V& vector : x) vector = exp_term(vector);
+  }
 }
 // exp_term(x) / 2^k, also where exp_term(x) alone would be too large.
 template <class V>
@@ -167,22 +197,25 @@ FL_FN V exp_term_scaled(V x, V k) {
 template <class V>
 FL_FN V exp_minus_magnitude(V x) {
   const auto [mantissa, n] = split_term(at_least(-magnitude(x), broadcast<V>(ExpConstants<V>::low)));
-  return times_power_of_two(mantissa, n);
+  return divided_by_power_of_two(mantissa, n);
 }
 // To 18 bits, for what will be rounded to the 8 of bf16 or the 11 of fp16: 2^f by a minimax fit in five terms, off by
 // at most 2.8e-6, of x log2(e) rounded once.
-FL_FN Term<vf> split_term_coarse(vf x) {
+template <class V>
+FL_FN Term<V> split_term_coarse(V x) {
   static constexpr float c[] = {1.0f, 0.69312417507f, 0.24024099112f, 0.055906426162f, 0.0095828529447f};
-  const vf t = x * 1.44269504088896340736f, n = round_to_integer(t);
+  const V t = x * 1.44269504088896340736f, n = round_to_integer(t);
   return {polynomial_by_halves(c, t - n), n};
 }
-FL_FN vf exp_term_coarse(vf x) {
+template <class V>
+FL_FN V exp_term_coarse(V x) {
   const auto [mantissa, n] = split_term_coarse(fence_term(x));
   return scale_term(x, mantissa, n);
 }
-FL_FN vf exp_minus_magnitude_coarse(vf x) {
-  const auto [mantissa, n] = split_term_coarse(at_least(-magnitude(x), broadcast<vf>(ExpConstants<vf>::low)));
-  return times_power_of_two(mantissa, n);
+template <class V>
+FL_FN V exp_minus_magnitude_coarse(V x) {
+  const auto [mantissa, n] = split_term_coarse(at_least(-magnitude(x), broadcast<V>(ExpConstants<V>::low)));
+  return divided_by_power_of_two(mantissa, n);
 }
 
 template <class V>
@@ -193,6 +226,8 @@ struct LogConstants<vf> {
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float series[] = {2.f / 3, 2.f / 5, 2.f / 7, 2.f / 9};
 };
+template <class V>
+struct LogConstants<Pair<V>> : LogConstants<V> {};
 template <>
 struct LogConstants<vd> {
   static constexpr double smallest_normal = 2.2250738585072014e-308, two_mantissa = 4503599627370496.0;
@@ -224,6 +259,10 @@ FL_CALL V log_with_correction(V x, V correction) {
   return select<V>((x > 0) & (x < infinity), value, edge);
 }
 template <class V>
+FL_FN Pair<V> log_with_correction(Pair<V> x, Pair<V> correction) {
+  return {log_with_correction(x.first, correction.first), log_with_correction(x.second, correction.second)};
+}
+template <class V>
 FL_FN V log(V x) {
   return log_with_correction(x, V{});
 }
@@ -236,18 +275,55 @@ FL_FN V log1p(V x) {
 
 // log1p(e) for e in [0, 1], where softplus needs it and no division is wanted: a minimax fit of log1p(e) / e,
 // off by at most 5.3e-9 (mpmath.chebyfit with 10 coefficients).
-FL_FN vf log1p_unit(vf e) {
+template <class V>
+FL_FN V log1p_unit(V e) {
   static constexpr float c[] = {0.9999999947f,  -0.4999989265f, 0.333297105f,    -0.2495161626f, 0.1966327426f,
                                 -0.1526966707f, 0.105436238f,   -0.05637361283f, 0.01954252726f, -0.003176057018f};
   return e * polynomial(c, e);
 }
 FL_FN vd log1p_unit(vd e) { return log1p(e); }
 // As coarse as exp_term_coarse: 7 coefficients, off by at most 1.4e-6.
-FL_FN vf log1p_unit_coarse(vf e) {
+template <class V>
+FL_FN V log1p_unit_coarse(V e) {
   static constexpr float c[] = {0.9999985737f, -0.4998589943f,  0.3309752582f, -0.2345452005f,
                                 0.1482941343f, -0.06559030637f, 0.01387448451f};
   return e * polynomial(c, e);
 }
+
+// log(x) and log(1 - x) for x in [0, 1], without a division. What is below -100 may be anything below -100: that is
+// where binary cross entropy ends. u = 2^k (1 + f), f in (-1/2, 0], so that no two terms have different signs.
+template <class V>
+FL_FN typename Lanes<V>::Int exponent_to_unit(V u) {
+  using I = typename Lanes<V>::Int;
+  return (bits<I>(u) - (bits<I>(broadcast<V>(0.5)) + 1)) >> Lanes<V>::mantissa_bits;
+}
+template <class V>
+FL_FN V scaled_to_unit(V u, typename Lanes<V>::Int k) {
+  return bits<V>(bits<typename Lanes<V>::Int>(u) - (k << Lanes<V>::mantissa_bits));
+}
+// k log(2) + log(1 + f): f + f^2 times a minimax fit, off by at most 3.8e-9 of the logarithm.
+template <class V>
+FL_FN V log_of_parts(V k, V f) {
+  using C = LogConstants<V>;
+  static constexpr float c[] = {-0.5000008941f, 0.3332621455f, -0.2518885434f, 0.1756900549f, -0.3410474956f,
+                                -0.5953686833f, -1.976717114f, -2.482326508f,  -1.745945811f};
+  return k * C::ln2_high + (f + (polynomial(c, f) * (f * f) + k * C::ln2_low));
+}
+template <class V>
+FL_FN V log_unit(V x) {
+  const V normal = x * 0x1p24f;  // a subnormal number, too
+  const auto k = exponent_to_unit(normal);
+  return log_of_parts(to_number<V>(k) - 24, scaled_to_unit(normal, k) - 1);
+}
+template <class V>
+FL_FN V log_complement(V x) {
+  const V u = 1 - x;  // exact from x = 1/2 on, where k < 0; below, f is -x itself
+  const auto k = exponent_to_unit(u);
+  const V value = log_of_parts(to_number<V>(k), select<V>(k == 0, -x, scaled_to_unit(u, k) - 1));
+  return select<V>(u > 0, value, broadcast<V>(-__builtin_inf()));
+}
+FL_FN vd log_unit(vd x) { return log(x); }
+FL_FN vd log_complement(vd x) { return log1p(-x); }
 
 // e / (1 + e) for e in [0, 1], the smaller of a sigmoid and its complement.
 FL_FN vd odds(vd e) { return e / (1 + e); }
@@ -271,6 +347,10 @@ FL_FN vf odds(vf e) {
   return quotient + ((e - quotient * d) - quotient * lost) * inverse;
 }
 #endif
+template <class V>
+FL_FN Pair<V> odds(Pair<V> e) {
+  return {odds(e.first), odds(e.second)};
+}
 
 FL_FN vf odds_coarse(vf e) {
   const vf d = 1 + e;
@@ -284,7 +364,15 @@ FL_FN vf odds_coarse(vf e) {
   return e / d;
 #endif
 }
+template <class V>
+FL_FN Pair<V> odds_coarse(Pair<V> e) {
+  return {odds_coarse(e.first), odds_coarse(e.second)};
+}
 
 // x^y for x >= 0. A float goes through double: the error of log(x) is multiplied by y log(x).
 FL_CALL vd power(vd x, double y) { return select<vd>(x == 0, y == 0 ? vd{} + 1 : vd{}, exp(log(x) * y)); }
 FL_CALL vf power(vf x, double y) { return join(power(to_double(low_half(x)), y), power(to_double(high_half(x)), y)); }
+template <class V>
+FL_FN Pair<V> power(Pair<V> x, double y) {
+  return {power(x.first, y), power(x.second, y)};
+}

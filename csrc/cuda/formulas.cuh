@@ -97,6 +97,15 @@ FL_FN Quick power(Quick a, double y) {  // 0 to the 0 is 1, and not exp2(0 * -in
 FL_FN Quick square_root(Quick a) { return approximate_square_root(a.x); }
 FL_FN Quick magnitude(Quick a) { return ::fabsf(a.x); }
 
+template <class V>
+FL_FN V log_unit(V p) {
+  return log(p);
+}
+template <class V>
+FL_FN V log_complement(V p) {
+  return log1p(-p);
+}
+
 // The number a formula is computed with, for elements stored as S.
 template <class S>
 struct FormulaOf {

@@ -1,15 +1,15 @@
 // What every sigmoid loss needs of one logit, from one exponential and one division. No includes and no include
 // guard: each back end includes the formulas inside its own namespace, after defining FL_FN and FL_INLINE and, for
-// its number type V (a float, a double, or a vector of them): exp, log, log1p, log1p_unit and odds (on [0, 1]), power,
-// square_root, select, magnitude, at_least, broadcast.
+// its number type V (a float, a double, or a vector of them): exp, log, log1p, log1p_unit, log_unit, log_complement and
+// odds (on [0, 1]), power, square_root, select, magnitude, at_least, broadcast.
 
 // Of sigmoid(x) and 1 - sigmoid(x), `far` is the smaller one, with all its digits; the other is 1 - far. A formula
 // that starts from far never subtracts two numbers that are nearly equal.
 template <class V>
 struct Sigmoid {
-  V far;       // sigmoid(-|x|)
+  V far;  // sigmoid(-|x|)
   V distance;  // |x|
-  V log1p;     // log(1 + exp(-|x|)), so softplus(x) = max(x, 0) + log1p
+  V log1p;  // log(1 + exp(-|x|)), so softplus(x) = max(x, 0) + log1p
 };
 
 // With e = exp(-|x|), for who has it already.
