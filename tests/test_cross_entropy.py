@@ -397,3 +397,26 @@ def test_mixed_dtypes_as_torch(dtype: torch.dtype, target_dtype: torch.dtype, we
     torch.testing.assert_close(
         F.cross_entropy(logits, target, weight), torch_functional.cross_entropy(logits, target, weight)
     )
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [40, 81, 1000, 8192, 8193])
+def test_in_place_where_rows_are_far_from_zero(classes: int, label_smoothing: float) -> None:
+    """Rows whose exponentials need another shift than the row before them: it is found after the first try."""
+    torch.manual_seed(classes)
+    logits = torch.randn(24, classes) + torch.tensor([0.0, 300, -300]).repeat(8)[:, None]
+    logits[5, : classes // 2] = -math.inf
+    target = torch.randint(classes // 2, classes, (24,))
+    upstream = torch.randn(())
+    results = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        loss = F.cross_entropy(
+            leaf * 1, target, label_smoothing=label_smoothing, inplace_backward=inplace
+        )
+        loss.backward(upstream)
+        results.append((loss.detach(), leaf.grad))
+    (loss, grad), (loss_in_place, grad_in_place) = results
+    torch.testing.assert_close(loss_in_place, loss, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(grad_in_place, grad, rtol=1e-5, atol=1e-9)

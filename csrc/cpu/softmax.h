@@ -170,8 +170,9 @@ struct RowGroup {
   int64_t position[lanes], target[lanes];  // -1: the target is no index
   const S* logits[lanes];                  // [C]
   const S* probability[lanes];             // [C] or nullptr
-  S* grad[lanes];                          // [C] exponentials where they fit, then the gradient; or nullptr
-  T shift[lanes];                          // the row's terms are exp(x - shift); the next three go with it
+  S* term[lanes];  // [C] exponentials: the gradient's memory, or what is as large; or nullptr
+  S* grad[lanes];  // [C] or nullptr
+  T shift[lanes];  // the row's terms are exp(x - shift); the next three go with it
   alignas(64) double rest[lanes], q_sum[lanes], q_distance[lanes];
   alignas(64) T target_logit[lanes], weight[lanes];
   alignas(64) double scale[lanes], factor[lanes], at_target[lanes];
@@ -208,7 +209,7 @@ FL_CALL void add_terms(RowGroup<S>& rows, int first, int last, int64_t n,
   for (int i = first; i < last; ++i) {
     const S* x = rows.logits[i];
     const S* t = rows.probability[i];
-    S* e = rows.grad[i];
+    S* e = rows.term[i];
     const V shift = broadcast<V>(rows.shift[i]);
     vd total_term{}, total_q{}, total_q_distance{};
     V sum{}, sum_q{}, sum_q_distance{};
@@ -300,7 +301,7 @@ FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t n, const DenseTarge
   using V = typename VectorOf<T>::V;
   constexpr int lanes = Lanes<V>::count;
   for (int i = 0; i < rows.count; ++i) {
-    const S* from = is_narrow<S> ? rows.logits[i] : rows.grad[i];
+    const S* from = is_narrow<S> ? rows.logits[i] : rows.term[i];
     const S* t = rows.probability[i];
     S* to = rows.grad[i];
     const V shift = broadcast<V>(rows.shift[i]);
@@ -364,8 +365,11 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
   const DenseTarget<T> target{static_cast<const T*>(a.weight),
                               static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
-  // With terms that overwrite the logits there is no second try, and sums of q (shift - x) want small distances.
-  const bool in_place = keep && a.grad == a.logits, at_maximum = dense == Dense::any;
+  // A gradient in place of the logits has its terms apart, for with terms there would be no second try. Where they are
+  // too many the maximum comes first, and for sums of q (shift - x), which want small distances.
+  const bool in_place = keep && a.grad == a.logits, has_room = classes <= kGroup;
+  const bool at_maximum = dense == Dense::any, maximum_first = at_maximum || (in_place && !has_room);
+  const auto apart = std::unique_ptr<S[]>(in_place && has_room ? new S[group * classes] : nullptr);
   const bool narrow_value = a.value_dtype == a.dtype;
   T shift = 0;
   double total = 0;
@@ -392,6 +396,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       rows.logits[i] = static_cast<const S*>(a.logits) + cursor.logits;
       rows.probability[i] = a.probability ? static_cast<const S*>(a.probability) + cursor.probability : nullptr;
       rows.grad[i] = grad;
+      rows.term[i] = apart ? apart.get() + i * classes : grad;
       rows.scale[i] = a.grad_scale * (a.upstream ? load_scalar<T>(a.value_dtype, a.upstream, p) : 1);
       if (y >= 0) {
         rows.target_logit[i] = load_one(rows.logits[i] + y);
@@ -403,12 +408,12 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
 
     for (i = 0; i < rows.count; ++i) {
       rows.shift[i] = shift;
-      if (!in_place && !at_maximum) continue;
+      if (!maximum_first) continue;
       const T maximum = find_maximum(rows.logits[i], classes);
       rows.shift[i] = at_maximum ? maximum : shift_of(broadcast<V>(maximum))[0];
     }
     add_terms<S, dense, keep>(rows, 0, rows.count, classes, target, narrow_value);
-    if (!in_place && !at_maximum) {
+    if (!maximum_first) {
       const V first_shift = load(rows.shift), above = load(rows.target_logit) - first_shift;
       const auto fits = in_range(first_shift, above, round_once(load_wide(rows.rest, V{})));
       for (i = 0; i < rows.count; ++i) {
@@ -459,7 +464,7 @@ struct Columns {
   static constexpr int lanes = Lanes<V>::count;
   DType dtype;
   const int64_t* offset;  // [n] of each position's first logit; [1] where they are `step` apart
-  bool even;              // whether they are
+  bool even;  // whether they are
   int64_t step, class_stride, classes, n, pitch;
   T* column;  // room for the logits of one position
 
