@@ -1,4 +1,5 @@
-"""Writes the README's performance section from the newest result of each device in benchmarks/results.
+"""Writes the README's performance section from the newest result of each device, and of each instruction set of a CPU,
+in benchmarks/results.
 
 python benchmarks/readme_table.py
 """
@@ -18,14 +19,14 @@ END = "<!-- end -->"
 
 
 def newest(results: Path) -> list[Path]:
-    """The newest result of each device, a GPU's first."""
-    found: dict[str, tuple[str, Path]] = {}
+    """The newest result of each device, a GPU's first, and of each level of the CPU kernels."""
+    found: dict[tuple[str, str], tuple[str, Path]] = {}
     for path in results.glob("*/results.json"):
         environment = json.loads(path.read_text())["environment"]
-        found[environment["device"]] = max(
-            found.get(environment["device"], ("", path)), (environment["date"], path)
-        )
-    return [found[device][1] for device in sorted(found, reverse=True)]
+        device = environment["device"]
+        kind = device, environment["fused_losses_cpu_level"] if device == "cpu" else ""
+        found[kind] = max(found.get(kind, ("", path)), (environment["date"], path))
+    return [found[kind][1] for kind in sorted(found, reverse=True)]
 
 
 def rewritten(readme: str, paths: list[Path]) -> str:

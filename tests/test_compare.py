@@ -434,7 +434,23 @@ for path in newest:
         assert picture.stat().st_size < 200_000, picture
 """
 
+NEWEST = """
+import json, tempfile, pathlib
+import readme_table as r
+with tempfile.TemporaryDirectory() as folder:
+    for name, date, device, level in [("a", "2026-01-02", "cpu", "avx2"), ("b", "2026-01-01", "cpu", "avx2"),
+                                      ("c", "2025-01-01", "cpu", "avx512"), ("d", "2024-01-01", "cuda", "avx2"),
+                                      ("e", "2024-01-02", "cuda", "avx512")]:
+        path = pathlib.Path(folder, name, "results.json")
+        path.parent.mkdir()
+        environment = {"date": date, "device": device, "fused_losses_cpu_level": level}
+        path.write_text(json.dumps({"environment": environment}))
+    found = [path.parent.name for path in r.newest(pathlib.Path(folder))]
+    assert found == ["e", "c", "a"], found
+"""
 
-def test_readme_shows_the_newest_results() -> None:
-    result = run("-c", README)
+
+@pytest.mark.parametrize("program", [README, NEWEST], ids=["readme", "newest"])
+def test_readme_shows_the_newest_results(program: str) -> None:
+    result = run("-c", program)
     assert result.returncode == 0, result.stderr

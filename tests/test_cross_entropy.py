@@ -412,9 +412,7 @@ def test_in_place_where_rows_are_far_from_zero(classes: int, label_smoothing: fl
     results = []
     for inplace in (False, True):
         leaf = logits.clone().requires_grad_()
-        loss = F.cross_entropy(
-            leaf * 1, target, label_smoothing=label_smoothing, inplace_backward=inplace
-        )
+        loss = F.cross_entropy(leaf * 1, target, label_smoothing=label_smoothing, inplace_backward=inplace)
         loss.backward(upstream)
         results.append((loss.detach(), leaf.grad))
     (loss, grad), (loss_in_place, grad_in_place) = results
