@@ -281,8 +281,11 @@ __device__ __forceinline__ void write_partial(const SoftmaxBuffers& b, double va
 
 template <class S, class O, bool dense, int items>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
-    softmax_lanes_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, int lanes) {
+    softmax_lanes_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, int planned_lanes) {
   using T = typename ComputeOf<S>::T;
+  // With more than 4 classes a lane the plan takes a whole warp. As a constant, it is part of the instructions: the
+  // places of a lane's classes take no registers.
+  const int lanes = items > 4 ? kWarp : planned_lanes;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
   const DenseWeights<T> weights(a);
@@ -643,7 +646,7 @@ cudaError_t plan_softmax(const SoftmaxArgs& a, bool needs_count, int device, Sof
     plan->blocks = blocks_for(kThreads);
   } else if (classes <= kWarp * lanes_items(static_cast<size_t>(element), dense)) {
     plan->kernel = SoftmaxKernel::lanes;
-    plan->lanes = 4;
+    plan->lanes = 4;  // a whole warp, or at most 4 classes a lane
     while (plan->lanes < kWarp && plan->lanes * 4 < classes) plan->lanes *= 2;
     plan->blocks = blocks_for(kThreads / plan->lanes);
   } else {
