@@ -16,8 +16,8 @@ namespace {
 constexpr unsigned kThreads = 256;
 constexpr int64_t kMaxBlocks = 4096;
 
-int lanes_for(int64_t bins) {
-  int lanes = 1;
+unsigned lanes_for(int64_t bins) {
+  unsigned lanes = 1;
   while (lanes < kWarp && lanes * 4 < bins) lanes *= 2;
   return lanes;
 }
@@ -34,10 +34,11 @@ __device__ __forceinline__ T require_place(T t, int64_t bins) {
   return t;
 }
 
-// S: storage of logits and gradient, O: of the loss and its upstream gradient.
+// S: storage of logits and gradient, O: of the loss and its upstream gradient. Where no number of blocks is asked for,
+// ptxas spills a register to fit one more.
 template <class S, class O>
-__global__ void __launch_bounds__(kThreads)
-    distribution_focal_kernel(const DistributionArgs d, const DistributionBuffers b, int lanes) {
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
+    distribution_focal_kernel(const DistributionArgs d, const DistributionBuffers b, unsigned lanes) {
   using T = typename ComputeOf<S>::T;
   constexpr T lowest =
       sizeof(T) == 8 ? static_cast<T>(-1.7976931348623157e308) : static_cast<T>(-3.4028234663852886e38);
@@ -45,10 +46,9 @@ __global__ void __launch_bounds__(kThreads)
   const SoftmaxArgs& a = d.rows;
   T mean_scale = static_cast<T>(a.grad_scale / denominator_of(b));
   if (b.scalar_upstream) mean_scale *= widen(*static_cast<const O*>(b.scalar_upstream));
-  const int lane = threadIdx.x % lanes;
-  const int64_t rows = kThreads / lanes, step = rows * gridDim.x;
+  const unsigned lane = threadIdx.x % lanes, rows = kThreads / lanes, step = rows * gridDim.x;
   Sum<T> sum;
-  for (int64_t first = rows * blockIdx.x; first < a.positions; first += step) {
+  for (int64_t first = int64_t{rows} * blockIdx.x; first < a.positions; first += step) {
     // A group without a row stays: every lane of its warp takes part in the shuffles.
     const int64_t p = first + threadIdx.x / lanes;
     const bool inside = p < a.positions;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     T highest = lowest;
     for (int64_t j = lane; inside && j < a.classes; j += lanes)
       highest = at_least(widen(x[j * a.logits_class_stride]), highest);
-    for (int width = lanes / 2; width > 0; width /= 2)
+    for (unsigned width = lanes / 2; width > 0; width /= 2)
       highest = at_least(__shfl_xor_sync(0xffffffffu, highest, width), highest);
 
     // The last bin is a right neighbour, where it is not the only one. Every lane of a group has its neighbours' terms.
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int64_t j = lane; inside && j < a.classes; j += lanes)
       if (j != left && j != right) row.others += exp(widen(x[j * a.logits_class_stride]) - highest);
-    for (int width = lanes / 2; width > 0; width /= 2) row.others += __shfl_xor_sync(0xffffffffu, row.others, width);
+    for (unsigned width = lanes / 2; width > 0; width /= 2)
+      row.others += __shfl_xor_sync(0xffffffffu, row.others, width);
     __syncwarp();  // in place, the gradient overwrites a neighbour's logit that other lanes have read
     if (!inside) continue;
     if (lane == 0) {
