@@ -69,15 +69,8 @@ __device__ __forceinline__ void add(RowStats<T>& s, RowStats<T> other) {  // of 
   s.q_sum += other.q_sum;
   s.q_distance += other.q_distance;
 }
-// All of read(0) ... read(n - 1): the maximum first, so that each costs one exponential.
-template <class T, class Read>
-__device__ __forceinline__ RowStats<T> merge(unsigned n, Read read) {
-  RowStats<T> s = no_stats<T>();
-  for (unsigned i = 0; i < n; ++i) s.maximum = larger(s.maximum, read(i).maximum);
-  for (unsigned i = 0; i < n; ++i) add(s, relative_to(read(i), s.maximum));
-  return s;
-}
-// The same over groups of `lanes` neighbouring lanes. Every lane of the warp takes part.
+// Those of a group of `lanes` neighbouring lanes in one, the same bits in each lane: the maximum first, so that each
+// costs one exponential. Every lane of the warp takes part.
 template <bool dense, class T>
 __device__ __forceinline__ RowStats<T> merge_lanes(RowStats<T> s, int lanes) {
   constexpr unsigned all = 0xffffffffu;
@@ -439,13 +432,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
           });
     }
     s = merge_lanes<dense>(s, kWarp);
-    if (threadIdx.x % kWarp == 0) warp_stats[threadIdx.x / kWarp] = s;
+    const unsigned lane = threadIdx.x % kWarp;
+    if (lane == 0) warp_stats[threadIdx.x / kWarp] = s;
     __syncthreads();  // every warp's sums are there, and (in place) every thread has read the target's logit
-    s = merge<T>(warps, [&](unsigned w) { return warp_stats[w]; });
+    s = merge_lanes<dense>(warp_stats[lane % warps], warps);
     if (blocks > 1) {
       if (threadIdx.x == 0) *block_stats = s;
       cluster_sync();  // every block's sums are there
-      s = merge<T>(blocks, [&](unsigned r) { return *in_block(block_stats, r); });
+      s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));
     }
 
     RowGradient<T> gradient{};
