@@ -309,15 +309,19 @@ __device__ __forceinline__ int64_t offset_of(const Args& args, const int64_t (&s
   return offset + i * stride[0];
 }
 
-// The sum over the block's threads, the same in every thread; `scratch` holds a double a warp. Always the same order.
-__device__ __forceinline__ double block_sum(double value, double* scratch) {
+// The sum over the warp's threads, the same bits in every thread. Always the same order.
+__device__ __forceinline__ double warp_sum(double value) {
   for (int width = kWarp / 2; width > 0; width /= 2) value += __shfl_xor_sync(0xffffffffu, value, width);
+  return value;
+}
+// The same over the block's threads; `scratch` holds a double a warp.
+__device__ __forceinline__ double block_sum(double value, double* scratch) {
+  value = warp_sum(value);
   __syncthreads();  // the scratch of an earlier sum may still be read
-  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  const unsigned lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) scratch[threadIdx.x / kWarp] = value;
   __syncthreads();
-  double sum = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) sum += scratch[warp];
-  return sum;
+  return warp_sum(lane < warps ? scratch[lane] : 0);
 }
 
 }  // namespace fused_losses::cuda

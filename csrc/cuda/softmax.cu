@@ -198,7 +198,7 @@ struct RowGradient {
 template <bool dense, class T>
 __device__ __forceinline__ T finish_row(const SoftmaxArgs& a, RowStats<T> s, RowTarget<T> target, T scale,
                                         RowGradient<T>* gradient) {
-  const bool indexed = target.y >= 0;
+  const bool indexed = a.index != nullptr;
   const T distance = indexed ? s.maximum - target.x_y : T{0};
   const RowSums<T> sums{distance, indexed ? exp(-distance) : T{0}, s.rest};
   RowLoss<T> loss{0, 0, 0};
