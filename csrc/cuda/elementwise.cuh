@@ -243,20 +243,21 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
     sum.add(pairwise_sum<n>(value));
   };
-  // Of 32 bits, which they fit: with two registers more sm_100 spills.
-  const unsigned first = blockIdx.x * kThreads + threadIdx.x, step = gridDim.x * kThreads;
+  const unsigned step = gridDim.x * kThreads;  // of 32 bits, which it fits: with a register more sm_100 spills
   const int64_t packs = packed ? count / n : 0;
-  int64_t p = first;
+  int64_t p = blockIdx.x * kThreads + threadIdx.x;
   if constexpr (std::is_same_v<S, O>) {  // elsewhere the target may be two packs itself
-    for (; p + step < packs; p += 2 * step) {
+    for (; p + step < packs; p += step) {
       const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
       pack(p, x[0], t[0]);
-      pack(p + step, x[1], t[1]);
+      p += step;
+      pack(p, x[1], t[1]);
     }
   }
   for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
-  // The elements after the last whole pack, or all of them.
-  for (int64_t i = packs * n + first; i < count; i += step) {
+  // The elements after the last whole pack, or all of them. p is beyond the packs by less than a step, another number
+  // in every thread; to keep the thread's own in its place would take two registers.
+  for (int64_t i = packs * n + (p - packs); i < count; i += step) {
     T grad;
     sum.add(element(read<S>(a, a.input, i), read<S>(a, a.target, i), &grad));
     if (a.grad.data) static_cast<S*>(a.grad.data)[place_of(a, a.grad, i)] = Narrow<S>::from(grad);
