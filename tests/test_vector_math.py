@@ -159,9 +159,8 @@ def test_special_values(dtype: type[np.floating]) -> None:
     for name, values in table.items():
         y = evaluate(name, np.array(list(values), dtype))
         np.testing.assert_allclose(y, list(values.values()), rtol=1e-6, err_msg=name)
-    ends = np.array(
-        [0.0, 1.0], dtype
-    )  # what is infinite may be anything below the -100 of binary cross entropy
+    # What is infinite may be anything below the -100 of binary cross entropy.
+    ends = np.array([0.0, 1.0], dtype)
     assert np.maximum(evaluate("log_unit", ends), -100).tolist() == [-100, 0]
     assert np.maximum(evaluate("log_complement", ends), -100).tolist() == [0, -100]
     assert evaluate("pow", np.array([0.0, 1.0], dtype), 0.0).tolist() == [1.0, 1.0]

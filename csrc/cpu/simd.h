@@ -156,8 +156,7 @@ FL_FN V to_number(typename Lanes<V>::Int i) {
 // n with 2^n <= x < 2^(n+1), for a normal x >= 0; -bias for 0.
 template <class V>
 FL_FN V exponent_of(V x) {
-  return __builtin_convertvector((bits<typename Lanes<V>::Int>(x) >> Lanes<V>::mantissa_bits) - Lanes<V>::exponent_bias,
-                                 V);
+  return to_number<V>((bits<typename Lanes<V>::Int>(x) >> Lanes<V>::mantissa_bits) - Lanes<V>::exponent_bias);
 }
 template <class V>
 FL_FN typename Lanes<V>::Int lane_numbers() {

@@ -170,9 +170,9 @@ struct RowGroup {
   int64_t position[lanes], target[lanes];  // -1: the target is no index
   const S* logits[lanes];                  // [C]
   const S* probability[lanes];             // [C] or nullptr
-  S* term[lanes];  // [C] exponentials: the gradient's memory, or what is as large; or nullptr
-  S* grad[lanes];  // [C] or nullptr
-  T shift[lanes];  // the row's terms are exp(x - shift); the next three go with it
+  S* term[lanes];                          // [C] exponentials: the gradient's memory, or as much apart; or nullptr
+  S* grad[lanes];                          // [C] or nullptr
+  T shift[lanes];                          // the row's terms are exp(x - shift); the next three go with it
   alignas(64) double rest[lanes], q_sum[lanes], q_distance[lanes];
   alignas(64) T target_logit[lanes], weight[lanes];
   alignas(64) double scale[lanes], factor[lanes], at_target[lanes];

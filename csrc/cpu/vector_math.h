@@ -64,12 +64,18 @@ FL_FN V divided_by_power_of_two(V x, V n) {
   return times_power_of_two(x, n);
 }
 #else
+// An integer in V as one.
+template <class V>
+FL_FN typename Lanes<V>::Int to_integer(V n) {
+  using I = typename Lanes<V>::Int;
+  const V round = broadcast<V>(ExpConstants<V>::round);
+  return bits<I>(n + round) - bits<I>(round);
+}
 template <class V>
 FL_FN V times_power_of_two(V x, V n) {
   using L = Lanes<V>;
   using I = typename L::Int;
-  const V round = broadcast<V>(ExpConstants<V>::round);
-  const I i = bits<I>(n + round) - bits<I>(round), half = i >> 1;
+  const I i = to_integer(n), half = i >> 1;
   const V a = bits<V>((half + L::exponent_bias) << L::mantissa_bits);
   const V b = bits<V>((i - half + L::exponent_bias) << L::mantissa_bits);
   return x * a * b;
@@ -78,12 +84,10 @@ FL_FN V times_power_of_two(V x, V n) {
 template <class V>
 FL_FN V divided_by_power_of_two(V x, V n) {
   using L = Lanes<V>;
-  using I = typename L::Int;
-  const V round = broadcast<V>(ExpConstants<V>::round);
-  const I i = bits<I>(n + round) - bits<I>(round);
   constexpr int more = L::mantissa_bits + 8;
   constexpr double less = 1 / static_cast<double>(int64_t{1} << more);
-  return x * bits<V>((i + (L::exponent_bias + more)) << L::mantissa_bits) * static_cast<typename L::Scalar>(less);
+  return x * bits<V>((to_integer(n) + (L::exponent_bias + more)) << L::mantissa_bits) *
+         static_cast<typename L::Scalar>(less);
 }
 #endif
 
@@ -133,9 +137,7 @@ FL_FN V fence_term(V x) {
 template <class V>
 FL_FN V scale_term(V x, V mantissa, V n) {
   using L = Lanes<V>;
-  const V round = broadcast<V>(ExpConstants<V>::round);
-  const typename L::Int i = bits<typename L::Int>(n + round) - bits<typename L::Int>(round);
-  const V power = bits<V>((i + L::exponent_bias) << L::mantissa_bits);
+  const V power = bits<V>((to_integer(n) + L::exponent_bias) << L::mantissa_bits);
   return select<V>(x < ExpConstants<V>::log_smallest_normal, V{}, mantissa * power);
 }
 #endif
@@ -249,7 +251,7 @@ FL_CALL V log_with_correction(V x, V correction) {
   const I sqrt_half = bits<I>(broadcast<V>(static_cast<S>(0.70710678118654752440)));
   const I k = (bits<I>(normal) - sqrt_half) >> L::mantissa_bits;
   const V f = bits<V>(bits<I>(normal) - (k << L::mantissa_bits)) - 1;
-  const V exponent = __builtin_convertvector(k, V) - select<V>(subnormal, broadcast<V>(L::mantissa_bits), V{});
+  const V exponent = to_number<V>(k) - select<V>(subnormal, broadcast<V>(L::mantissa_bits), V{});
   const V s = f / (2 + f), z = s * s, half_square = f * f * static_cast<S>(0.5);
   const V tail = s * (half_square + polynomial(C::series, z) * z) + (exponent * C::ln2_low + correction / x);
   const V value = exponent * C::ln2_high + (f - (half_square - tail));
