@@ -35,7 +35,7 @@ FL_FN Modulation<V> modulation(V u, V du, const Params& params) {
     return {lower * u, params.slope * lower * du};
   } else {
     // du / u stays finite, so u^g takes the pole's place. u = 0 happens only where s has underflown.
-    const V factor = power(u, params.gamma);
+    const V factor = params.gamma == 0.5 ? square_root(u) : power(u, params.gamma);
     return {factor, params.slope * factor * select<V>(u > 0, du / u, V{})};
   }
 }
