@@ -24,9 +24,10 @@ CROSS_ENTROPY = next(
 
 def test_it_is_there() -> None:
     assert native_autograd is not None
-    loss = F.cross_entropy(LOGITS.clone().requires_grad_(), TARGET)
-    assert loss.grad_fn is not None
-    assert loss.grad_fn.name() == "torch::autograd::CppNode<StoredBackward>"
+    for reduction, name in (("mean", "Stored"), ("none", "Recomputed")):
+        loss = F.cross_entropy(LOGITS.clone().requires_grad_(), TARGET, reduction=reduction)
+        assert loss.grad_fn is not None
+        assert loss.grad_fn.name() == f"torch::autograd::CppNode<{name}Backward>"
 
 
 def stored(*arguments: Any) -> Tensor:
@@ -85,17 +86,18 @@ def test_an_error_of_the_second_derivative_reaches_the_caller(
         torch.autograd.grad(loss, logits, create_graph=True)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_autograd(reduction: str) -> None:
+def test_compiled_autograd(reduction: str, inplace: bool) -> None:
     layer = torch.nn.Linear(4, 4, device="cpu")
 
-    def gradient_of(loss: Any) -> Tensor:
+    def gradient_of(loss: Any, **keywords: Any) -> Tensor:
         layer.zero_grad()
-        loss(layer(LOGITS), TARGET, reduction=reduction).sum().backward()
+        loss(layer(LOGITS), TARGET, reduction=reduction, **keywords).sum().backward()
         assert layer.weight.grad is not None
         return layer.weight.grad.clone()
 
     expected = gradient_of(torch.nn.functional.cross_entropy)
     with compiled_autograd._enable(torch.compile(backend="eager")):  # type: ignore[no-untyped-call]
         for _ in range(2):
-            torch.testing.assert_close(gradient_of(F.cross_entropy), expected)
+            torch.testing.assert_close(gradient_of(F.cross_entropy, inplace_backward=inplace), expected)
