@@ -9,7 +9,7 @@ import pytest
 import test_detection
 import torch
 import torch.nn.functional as torch_functional
-from accuracy import REDUCTIONS, assert_accurate, draw
+from accuracy import LUCK, REDUCTIONS, assert_accurate, draw
 from cases import CASES, IN_PLACE_CASES, Case, autocast
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -116,7 +116,7 @@ def check(ours: Any, theirs: Any, logits: Tensor, **options: Any) -> None:
     assert_accurate(narrow, wide, logits, **options)
     arguments = {key: o for key, o in options.items() if key not in RULE}
     same = ours(widened(logits), **{key: widened(o) for key, o in arguments.items()})
-    ulps = 64 if options.get("cancels") else 8 if "gamma" in options else 2
+    ulps = 64 if options.get("cancels") else LUCK if "gamma" in options else 2
     torch.testing.assert_close(narrow(logits, **arguments), same, rtol=ulps * 2.0**-23, atol=0)
 
 

@@ -27,7 +27,7 @@ from fused_losses import IndexTarget
 from fused_losses.detection import pairwise_bce_cost
 
 ROOT = Path(__file__).parents[1]
-SANITIZED = "FUSED_LOSSES_SIMT_SANITIZED"  # set in the child process that runs under AddressSanitizer
+SANITIZER = "FUSED_LOSSES_SIMT_SANITIZER"  # set in a child process that runs under one: build.SANITIZERS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Every kernel, and sizes around what it is cut at: lanes of a warp, 16 bytes, a block's threads.
 CLASSES = [1, 2, 3, 15, 16, 17, 31, 33, 127, 1000, 1024, 1025, 1027, 4099]
@@ -37,10 +37,9 @@ DEVICES = {"cluster": ("9", "101376"), "staged": ("8", "101376"), "reread": ("8"
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> Iterator[None]:
-    sanitize = SANITIZED in os.environ
-    folder = build.FOLDER.with_name("simt-sanitized") if sanitize else build.FOLDER
-    library = build.library(folder, sanitize=sanitize)
-    with emulated(library):
+    sanitizer = os.environ.get(SANITIZER, "")
+    folder = build.FOLDER.with_name(f"simt-{sanitizer}") if sanitizer else build.FOLDER
+    with emulated(build.library(folder, sanitizer=sanitizer)):
         yield
 
 
@@ -437,38 +436,43 @@ def test_a_bin_out_of_range_stops_the_kernel(wrong: float) -> None:
         F.distribution_focal_loss(torch.randn(300, 16), target)
 
 
-@pytest.mark.skipif(SANITIZED in os.environ, reason="this is the child")
-def test_under_sanitizers() -> None:
-    """Shared memory and tensors end where they end; no misaligned access, no undefined arithmetic."""
+# What each is asked to look at, for the sake of time: every kernel, its ends and tails. -k "" instead runs all.
+LAYOUTS = "layouts and (5-index or 1030)"
+CHOSEN = {
+    "address": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3 or edges",
+    "thread": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place or pairwise and 31 or many_targets",
+}
+
+
+@pytest.mark.skipif(SANITIZER in os.environ, reason="this is the child")
+@pytest.mark.parametrize("sanitizer", CHOSEN)
+def test_under_sanitizers(sanitizer: str) -> None:
+    """Shared memory and tensors end where they end; no misaligned access, no undefined arithmetic ("address"). What a
+    thread reads or overwrites of another's has a barrier before it ("thread")."""
+    names = {"address": "libasan.so", "thread": "libtsan.so"}
     found = [
         subprocess.run(
             [build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
         ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")  # the latter, or the sanitizer finds nothing that throws
+        for name in (names[sanitizer], "libstdc++.so")  # the latter, or it finds nothing that throws
     ]
-    if not all(Path(path).is_absolute() for path in found):
-        pytest.skip(f"{build.compiler()} has no AddressSanitizer")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {SANITIZED: "1", "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
-    chosen = "layouts and (5-index or 1030) or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3 or cost_layouts or edges"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-s",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-    ]
+    environment |= {
+        SANITIZER: sanitizer,
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-c", "pass"]
+    if subprocess.run(command, env=environment, capture_output=True, text=True).stderr:
+        pytest.skip(f"{names[sanitizer]} of {build.compiler()} does not work here")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=short", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [*command, Path(__file__).name],
+        [*command, "-k", CHOSEN[sanitizer], Path(__file__).name],
         cwd=Path(__file__).parent,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]

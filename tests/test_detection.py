@@ -503,7 +503,7 @@ def test_return_probabilities(dtype: torch.dtype, reduction: str, name: str) -> 
             torch.testing.assert_close(
                 probabilities.double(),
                 exact,
-                rtol=2 * torch.finfo(dtype).eps,
+                rtol=4 * torch.finfo(dtype).eps,  # a GPU's exponential is 2 ulp off itself
                 atol=1e-7 if dtype == torch.float16 else 0,
             )
             assert probabilities.dtype == dtype

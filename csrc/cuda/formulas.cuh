@@ -23,11 +23,11 @@ template <class V>
 FL_FN V at_most(V a, V high) {
   return a > high ? high : a;
 }
-FL_FN float exp(float x) { return ::expf(x); }
+FL_FN float exp(float x) { return expf(x); }
 FL_FN double exp(double x) { return ::exp(x); }
-FL_FN float log(float x) { return ::logf(x); }
+FL_FN float log(float x) { return logf(x); }
 FL_FN double log(double x) { return ::log(x); }
-FL_FN float log1p(float x) { return ::log1pf(x); }
+FL_FN float log1p(float x) { return log1pf(x); }
 FL_FN double log1p(double x) { return ::log1p(x); }
 // log(1 + x) on [0, 1], to an ulp: x + x^2 times a polynomial. A third of log1pf's instructions.
 FL_FN float log1p_unit(float x) {
@@ -48,7 +48,7 @@ FL_FN T odds(T e) {  // e / (1 + e), and what 1 + e has lost
   const T d = 1 + e, quotient = e / d;
   return quotient - quotient * ((e - (d - 1)) / d);
 }
-FL_FN float power(float x, double y) { return ::powf(x, static_cast<float>(y)); }
+FL_FN float power(float x, double y) { return powf(x, static_cast<float>(y)); }
 FL_FN double power(double x, double y) { return ::pow(x, y); }
 FL_FN float square_root(float x) { return ::sqrtf(x); }
 FL_FN double square_root(double x) { return ::sqrt(x); }
@@ -77,8 +77,8 @@ struct Quick {
   friend FL_INLINE bool operator>=(Quick a, Quick b) { return a.x >= b.x; }
 };
 FL_FN Quick exp(Quick a) { return quick_exp(a.x); }
-FL_FN Quick log(Quick a) { return ::logf(a.x); }
-FL_FN Quick log1p(Quick a) { return ::log1pf(a.x); }
+FL_FN Quick log(Quick a) { return logf(a.x); }
+FL_FN Quick log1p(Quick a) { return log1pf(a.x); }
 FL_FN Quick log1p_unit(Quick a) {  // log(1 + a) / a as a polynomial, to 1.5e-6 of it
   float p = 0.0138744845f;
   p = fma(p, a.x, -0.0655903064f);

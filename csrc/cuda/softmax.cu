@@ -176,7 +176,7 @@ __device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], cons
 template <class T>
 struct RowGradient {
   T maximum, high, low;  // p_j (A + Q) scale = exp(x_j - maximum) (high + low)
-  T scale, at_target;
+  T scale, at_target;  // the target's own; where there is a dense part, without -q and before the scale
   // out = the gradient of n logits, the target's at x[at].
   template <class S, bool dense, int n, class Index>
   __device__ __forceinline__ void of(const T (&x)[n], const T (&q)[n], Index at, T (&out)[n]) const {
@@ -188,7 +188,7 @@ struct RowGradient {
     if (at >= 0 && at < n) {
 #pragma unroll
       for (int k = 0; k < n; ++k) {
-        const T all = dense ? at_target - scale * q[k] : at_target;
+        const T all = dense ? (at_target - q[k]) * scale : at_target;  // 0 where the difference is, fma or not
         out[k] = k == at ? all : out[k];
       }
     }
@@ -211,7 +211,7 @@ __device__ __forceinline__ T finish_row(const SoftmaxArgs& a, RowStats<T> s, Row
   const T low = dense ? fma(-gradient->high, sum, factor) / sum : T{0};
   gradient->low = low == low ? low : T{0};
   gradient->scale = scale;
-  gradient->at_target = (loss.target + s.q_sum * sums.target_term / sum) * scale;
+  gradient->at_target = dense ? loss.target + s.q_sum * sums.target_term / sum : loss.target * scale;
   T value = loss.value;
   if constexpr (dense) value += s.q_distance + s.q_sum * log_sum(sums);
   return value;

@@ -15,9 +15,21 @@ import torch
 HERE = Path(__file__).parent
 FOLDER = Path(os.environ.get("FUSED_LOSSES_SIMT_BUILD", HERE.parents[1] / "build"), "simt")
 CSRC = Path(os.environ.get("FUSED_LOSSES_SIMT_CSRC", HERE.parents[1] / "csrc"))
-# What AddressSanitizer sees as well is left to it: those checks take most of the time to compile.
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize=null,vptr,object-size,pointer-overflow"]
-SANITIZERS += ["-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZERS = {
+    "": [],
+    # What AddressSanitizer sees as well is left to it: those checks take most of the time to compile.
+    "address": [
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,vptr,object-size,pointer-overflow",
+        "-fno-sanitize-recover=undefined",
+        "-fno-omit-frame-pointer",
+    ],
+    "thread": ["-fsanitize=thread", "-DFUSED_LOSSES_SIMT_RACES"],
+}
+# nvcc makes one fma of a product and a sum: so does GCC, where the processor has the instruction.
+FUSED = ["-ffp-contract=fast", "-fexpensive-optimizations"]
+if "fma" in Path("/proc/cpuinfo").read_text().split():
+    FUSED += ["-mfma"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 
 
@@ -25,15 +37,15 @@ def compiler() -> str:
     return os.environ.get("CXX") or next(name for name in ("c++", "g++") if shutil.which(name))
 
 
-def library(folder: Path, *, sanitize: bool = False, csrc: Path = CSRC) -> Path:
+def library(folder: Path, *, sanitizer: str = "", csrc: Path = CSRC) -> Path:
     """The shared object, built in `folder` unless it is newer than everything it is made of."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the suite's processes build it once
-        return _library(folder, sanitize, csrc)
+        return _library(folder, sanitizer, csrc)
 
 
-def _library(folder: Path, sanitize: bool, csrc: Path) -> Path:
+def _library(folder: Path, sanitizer: str, csrc: Path) -> Path:
     result = folder / "simt.so"
     sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("torch/cuda_*.cpp")]
     sources += [csrc / f"torch/{name}.cpp" for name in ("arguments", "kept_memory", "tensors")]
@@ -54,14 +66,17 @@ def _library(folder: Path, sanitize: bool, csrc: Path) -> Path:
         "-fPIC",
         "-fvisibility=hidden",
         *WARNINGS,
-        *(SANITIZERS if sanitize else []),
+        *FUSED,
     ]
     flags += ['-DFUSED_LOSSES_SIMT="simt.h"', "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     flags += [f"-I{HERE}", f"-I{HERE / 'include'}", f"-I{csrc}", "-isystem", str(include)]
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}_{source.stem}.o"
-        command = [compiler(), *flags, "-x", "c++", "-c", str(source), "-o", str(target)]
+        watched = SANITIZERS[sanitizer]
+        if source.suffix != ".cu":  # threads are those of the kernels
+            watched = [flag for flag in watched if flag != "-fsanitize=thread"]
+        command = [compiler(), *flags, *watched, "-x", "c++", "-c", str(source), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile for the host:\n{done.stderr[-6000:]}")
@@ -69,10 +84,10 @@ def _library(folder: Path, sanitize: bool, csrc: Path) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, sources))
-    link = [compiler(), "-shared", *(SANITIZERS if sanitize else []), *objects, "-o", str(result)]
+    link = [compiler(), "-shared", *SANITIZERS[sanitizer], *objects, "-o", str(result)]
     subprocess.run([*link, f"-L{include.parent / 'lib'}", "-ltorch_cpu"], check=True)
     return result
 
 
 if __name__ == "__main__":
-    print(library(Path(sys.argv[1]), sanitize="--sanitize" in sys.argv))
+    print(library(Path(sys.argv[1]), sanitizer=sys.argv[2] if len(sys.argv) > 2 else ""))

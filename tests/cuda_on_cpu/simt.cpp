@@ -17,14 +17,52 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
+#if defined(FUSED_LOSSES_SIMT_RACES)
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_read_range(const void* address, size_t size);
+extern "C" void __tsan_write_range(void* address, size_t size);
+#endif
 
 namespace simt {
 namespace {
+
+// To ThreadSanitizer a fiber is a thread, and what two of them do is in no order but for what is said here. It does not
+// watch this file.
+#if defined(FUSED_LOSSES_SIMT_RACES)
+void* new_thread() { return __tsan_create_fiber(0); }
+void end_thread(void* thread) { __tsan_destroy_fiber(thread); }
+void* this_thread() { return __tsan_get_current_fiber(); }
+void become(void* thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
+// Who comes to see has everything before it that was done by those who published.
+void publish(void* event) { __tsan_release(event); }
+void see(void* event) { __tsan_acquire(event); }
+void reads(const void* address, size_t size) { __tsan_read_range(address, size); }
+void writes(void* address, size_t size) { __tsan_write_range(address, size); }
+#else
+void* new_thread() { return nullptr; }
+void end_thread(void*) {}
+void* this_thread() { return nullptr; }
+void become(void*) {}
+void publish(void*) {}
+void see(void*) {}
+void reads(const void*, size_t) {}
+void writes(void*, size_t) {}
+#endif
 
 constexpr size_t kStack = 128 << 10;
 constexpr unsigned kWarp = 32;
 
 enum class State { ready, at_block_barrier, at_cluster_barrier, in_exchange, done };
+
+// By turns, for one thread may come to the next barrier before another has left this one.
+struct Barrier {
+  uint64_t events[2] = {};
+};
+struct Block {
+  std::unique_ptr<char[]> shared;
+  Barrier barrier, cluster_barrier, warp_barriers[32];
+  uint64_t done = 0;
+};
 
 struct Fiber {
   ucontext_t context;
@@ -35,14 +73,20 @@ struct Fiber {
   State state = State::ready;
   uint64_t value;
   int distance;
+  void* as_thread = new_thread();
+  unsigned block_barriers, cluster_barriers, warp_barriers;  // it has passed
   std::vector<std::pair<void*, const void*>> copies;  // asked for and not waited for
+  Fiber() = default;
+  ~Fiber() { end_thread(as_thread); }
 };
 
 struct Machine {
   const std::function<void()>* kernel = nullptr;
-  std::vector<std::unique_ptr<char[]>> shared;
+  std::vector<std::unique_ptr<Block>> blocks;  // of the grid, as far as it has come: nobody finds another's memory
   std::vector<std::unique_ptr<Fiber>> fibers;
   ucontext_t scheduler;
+  void* scheduler_thread = nullptr;
+  uint64_t launched = 0, finished = 0;
   void* fake_stack = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -57,8 +101,11 @@ struct Machine {
 };
 Machine machine;
 
+Block& block_of(unsigned rank) { return *machine.blocks.at(machine.first_block.x + rank); }
+
 void to_scheduler() {
   Fiber* self = machine.current;
+  become(machine.scheduler_thread);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(self->state == State::done ? nullptr : &self->fake_stack, machine.stack_bottom,
                                  machine.stack_size);
@@ -73,7 +120,9 @@ void enter() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &machine.stack_bottom, &machine.stack_size);
 #endif
+  see(&machine.launched);
   (*machine.kernel)();
+  publish(&block_of(machine.current->rank).done);
   machine.current->state = State::done;
   to_scheduler();
 }
@@ -81,6 +130,7 @@ void enter() {
 void resume(Fiber& fiber) {
   machine.current = &fiber;
   machine.block.x = machine.first_block.x + fiber.rank;
+  become(fiber.as_thread);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.fake_stack, fiber.stack.get(), kStack);
 #endif
@@ -93,6 +143,13 @@ void resume(Fiber& fiber) {
 void wait_as(State state) {
   machine.current->state = state;
   to_scheduler();
+}
+
+void wait_at(Barrier& barrier, unsigned* passed, State state) {
+  uint64_t* const event = &barrier.events[(*passed)++ % 2];
+  publish(event);
+  wait_as(state);
+  see(event);
 }
 
 // Lets the fibers in [first, last) go on if all of them that still run have come to `state`.
@@ -137,10 +194,10 @@ bool release_some() {
 
 void run_cluster(unsigned first_block, size_t shared) {
   machine.first_block.x = first_block;
-  machine.shared.clear();
   for (unsigned rank = 0; rank < machine.cluster; ++rank) {
-    machine.shared.emplace_back(new char[shared]);
-    memset(machine.shared.back().get(), 0xA5, shared);
+    machine.blocks.push_back(std::make_unique<Block>());
+    machine.blocks.back()->shared.reset(new char[shared]);
+    memset(machine.blocks.back()->shared.get(), 0xA5, shared);
   }
   for (unsigned i = 0; i < machine.fibers.size(); ++i) {
     Fiber& fiber = *machine.fibers[i];
@@ -149,12 +206,14 @@ void run_cluster(unsigned first_block, size_t shared) {
     fiber.state = State::ready;
     fiber.fake_stack = nullptr;
     fiber.copies.clear();
+    fiber.block_barriers = fiber.cluster_barriers = fiber.warp_barriers = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
+  publish(&machine.launched);
   std::vector<unsigned> threads_left(machine.cluster, machine.threads.x);
   // One warp runs ahead of the others as far as they let it, and then another of its block, so that a block runs ahead,
   // too: what they overwrite, or take along, is then still to be read by the others.
@@ -191,8 +250,12 @@ void run_cluster(unsigned first_block, size_t shared) {
       resume(*fiber);
       if (!machine.error.empty()) return;
       // A block that has ended takes its shared memory along: who still reads it finds other bytes.
-      if (fiber->state == State::done && --threads_left[fiber->rank] == 0)
-        memset(machine.shared[fiber->rank].get(), 0x5A, shared);
+      if (fiber->state == State::done && --threads_left[fiber->rank] == 0) {
+        become(fiber->as_thread);
+        see(&block_of(fiber->rank).done);
+        memset(block_of(fiber->rank).shared.get(), 0x5A, shared);
+        become(machine.scheduler_thread);
+      }
     }
   }
 }
@@ -203,8 +266,17 @@ Index& thread_index() { return machine.current->thread; }
 Index& block_index() { return machine.block; }
 Index& block_size() { return machine.threads; }
 Index& grid_size() { return machine.grid; }
-void sync_block() { wait_as(State::at_block_barrier); }
-void sync_cluster() { wait_as(State::at_cluster_barrier); }
+void sync_block() {
+  wait_at(block_of(machine.current->rank).barrier, &machine.current->block_barriers, State::at_block_barrier);
+}
+void sync_cluster() {
+  wait_at(block_of(0).cluster_barrier, &machine.current->cluster_barriers, State::at_cluster_barrier);
+}
+void sync_warp() {
+  Fiber& self = *machine.current;
+  self.distance = 0;
+  wait_at(block_of(self.rank).warp_barriers[self.thread.x / kWarp], &self.warp_barriers, State::in_exchange);
+}
 uint64_t exchange(uint64_t value, int distance) {
   machine.current->value = value;
   machine.current->distance = distance;
@@ -217,11 +289,15 @@ void copy(void* shared, const void* global) {
   machine.current->copies.emplace_back(shared, global);
 }
 void wait_for_copies() {
-  for (const auto& [shared, global] : machine.current->copies) memcpy(shared, global, 16);
+  for (const auto& [shared, global] : machine.current->copies) {
+    reads(global, 16);
+    writes(shared, 16);
+    memcpy(shared, global, 16);
+  }
   machine.current->copies.clear();
 }
-char* shared_memory() { return machine.shared[machine.current->rank].get(); }
-char* shared_memory_of(unsigned rank) { return machine.shared.at(rank).get(); }
+char* shared_memory() { return block_of(machine.current->rank).shared.get(); }
+char* shared_memory_of(unsigned rank) { return block_of(rank).shared.get(); }
 unsigned cluster_size() { return machine.cluster; }
 unsigned cluster_rank() { return machine.current->rank; }
 
@@ -253,7 +329,15 @@ cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned t
     fiber = std::make_unique<Fiber>();
     fiber->stack.reset(new char[kStack]);
   }
+  machine.scheduler_thread = this_thread();
   for (unsigned block = 0; block < blocks && machine.error.empty(); block += cluster) run_cluster(block, shared);
+  for (auto& fiber : machine.fibers) {  // also those that were left in the middle
+    become(fiber->as_thread);
+    publish(&machine.finished);
+  }
+  become(machine.scheduler_thread);
+  see(&machine.finished);
+  machine.blocks.clear();
   return machine.error.empty() ? cudaSuccess : cudaErrorAssert;
 }
 
@@ -277,6 +361,22 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 namespace fused_losses::cuda {
+
+float off(double error, double exact, float x) {
+  if (!std::isfinite(exact) || exact == 0 || exact == 1) return static_cast<float>(exact);
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  bits = (bits ^ bits >> 16) * 0x7feb352du;  // lowbias32, by Chris Wellons
+  bits = (bits ^ bits >> 15) * 0x846ca68bu;
+  return static_cast<float>(exact + error * ((bits ^ bits >> 16) * 0x1p-31 - 1));
+}
+
+float off_ulps(double ulps, double exact, float x) {
+  int exponent;
+  std::frexp(exact, &exponent);
+  // Half a unit is the rounding to float; and no function crosses 0.
+  return off(std::fmin(std::ldexp(ulps - 0.5, std::max(exponent - 24, -149)), std::fabs(exact)), exact, x);
+}
 
 float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31;

@@ -35,7 +35,8 @@ Index& grid_size();
 
 void sync_block();
 void sync_cluster();
-// What the lane at `xor`-distance gave, once every lane of the warp has come here with a value.
+void sync_warp();
+// What the lane at `xor`-distance gave, once every lane of the warp has come here with a value. It orders nothing else.
 uint64_t exchange(uint64_t value, int distance);
 char* shared_memory();
 unsigned cluster_size();
@@ -45,7 +46,8 @@ void copy(void* shared, const void* global);
 void wait_for_copies();
 [[noreturn]] void fail(const char* why, ...);
 
-cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned cluster, size_t shared);
+cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned threads, unsigned cluster,
+                size_t shared);
 
 }  // namespace simt
 
@@ -55,7 +57,7 @@ cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned t
 #define gridDim (simt::grid_size())
 
 inline void __syncthreads() { simt::sync_block(); }
-inline void __syncwarp() { simt::exchange(0, 0); }
+inline void __syncwarp() { simt::sync_warp(); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
   uint64_t bits = 0;
@@ -79,12 +81,29 @@ inline uint32_t floats_to_bfloats(float low, float high) {
   return float_to_bfloat(low) | uint32_t{float_to_bfloat(high)} << 16;
 }
 
+// `exact` as a GPU may have it, off by up to `error`, as x decides: the same every time. 0, 1 and what is not finite
+// are exact.
+float off(double error, double exact, float x);
+float off_ulps(double ulps, double exact, float x);
+// The errors stated in the CUDA Programming Guide, "Mathematical Functions" (expf: of older editions, which grant it
+// more).
+inline float expf(float x) { return off_ulps(2, std::exp(double{x}), x); }
+inline float logf(float x) { return off_ulps(1, std::log(double{x}), x); }
+inline float log1pf(float x) { return off_ulps(1, std::log1p(double{x}), x); }
+inline float powf(float x, float y) { return off_ulps(4, std::pow(double{x}, double{y}), x); }
 // As .ftz has it: what is smaller than every normal number is 0, before and after.
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
-inline float approximate_exp2(float x) { return flushed(std::exp2(flushed(x))); }
-inline float approximate_log2(float x) { return std::log2(flushed(x)); }
-inline float approximate_reciprocal(float x) { return flushed(1 / flushed(x)); }
-inline float approximate_square_root(float x) { return std::sqrt(flushed(x)); }
+// Those of "Parallel Thread Execution ISA", "Floating Point Instructions".
+inline float approximate_exp2(float x) { return flushed(off_ulps(2, std::exp2(double{flushed(x)}), x)); }
+inline float approximate_log2(float x) {
+  const double log2 = std::log2(double{flushed(x)});
+  return off(0x1p-22 * std::fmax(1, std::fabs(log2)), log2, x);
+}
+inline float approximate_reciprocal(float x) { return flushed(off_ulps(1, 1 / double{flushed(x)}, x)); }
+inline float approximate_square_root(float x) {
+  const double root = std::sqrt(double{flushed(x)});
+  return off(0x1p-23 * root, root, x);
+}
 
 inline void store_16_bytes(void* global, uint4 words) { *reinterpret_cast<uint4*>(global) = words; }
 // The bytes arrive at the wait and not before.
