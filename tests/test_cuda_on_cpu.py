@@ -200,15 +200,26 @@ def test_bce_on_probabilities() -> None:
         )
 
 
-@pytest.mark.parametrize("shape", [(6, 40), (3, 1100), (3, 9, 5)])
-def test_in_place(shape: tuple[int, ...], gpu: str) -> None:
-    logits, index = draw(shape, "ordinary", torch.float32)
+def check_in_place(loss: Any, logits: Tensor, target: Any) -> None:
     leaf, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     for reduction in ("mean", "none"):
-        upstream = torch.rand_like(F.cross_entropy(logits, index, reduction=reduction))
-        F.cross_entropy(leaf * 1, index, reduction=reduction, inplace_backward=True).backward(upstream)
-        F.cross_entropy(other, index, reduction=reduction).backward(upstream)
+        upstream = torch.rand_like(loss(logits, target, reduction=reduction))
+        loss(leaf * 1, target, reduction=reduction, inplace_backward=True).backward(upstream)
+        loss(other, target, reduction=reduction).backward(upstream)
     torch.testing.assert_close(leaf.grad, other.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (3, 1100), (3, 9, 5)])
+def test_in_place(shape: tuple[int, ...], gpu: str) -> None:
+    check_in_place(F.cross_entropy, *draw(shape, "ordinary", torch.float32))
+
+
+def test_in_place_in_a_detector() -> None:
+    check_in_place(F.distribution_focal_loss, torch.randn(300, 17), torch.rand(300) * 16)
+    labels = IndexTarget(torch.randint(-2, 17, (300,)))
+    for loss in detection_losses():
+        check_in_place(loss, torch.randn(300, 17), torch.rand(300, 17))
+        check_in_place(loss, torch.randn(300, 17), labels)
 
 
 @pytest.mark.parametrize("product", [False, True], ids=["sigmoid", "product"])

@@ -50,13 +50,8 @@ def _library(folder: Path, sanitizer: str, csrc: Path) -> Path:
     sources = [*csrc.glob("cuda/*.cu"), *csrc.glob("torch/cuda_*.cpp")]
     sources += [csrc / f"torch/{name}.cpp" for name in ("arguments", "kept_memory", "tensors")]
     sources += [HERE / "simt.cpp"]
-    depends = [
-        path
-        for root in (csrc, HERE)
-        for path in root.rglob("*.*")
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp")
-    ]
-    if result.exists() and result.stat().st_mtime > max(path.stat().st_mtime for path in depends):
+    headers = [path for root in (csrc, HERE) for path in root.rglob("*.*") if path.suffix in (".h", ".cuh")]
+    if _is_newer(result, *sources, *headers):
         return result
     include = Path(torch.__file__).parent / "include"
     flags = [
@@ -73,6 +68,8 @@ def _library(folder: Path, sanitizer: str, csrc: Path) -> Path:
 
     def compile_one(source: Path) -> str:
         target = folder / f"{source.parent.name}_{source.stem}.o"
+        if _is_newer(target, source, *headers):
+            return str(target)
         watched = SANITIZERS[sanitizer]
         if source.suffix != ".cu":  # threads are those of the kernels
             watched = [flag for flag in watched if flag != "-fsanitize=thread"]
@@ -87,6 +84,12 @@ def _library(folder: Path, sanitizer: str, csrc: Path) -> Path:
     link = [compiler(), "-shared", *SANITIZERS[sanitizer], *objects, "-o", str(result)]
     subprocess.run([*link, f"-L{include.parent / 'lib'}", "-ltorch_cpu"], check=True)
     return result
+
+
+def _is_newer(made: Path, *of: Path) -> bool:
+    return made.exists() and made.stat().st_mtime > max(
+        path.stat().st_mtime for path in (Path(__file__), *of)
+    )
 
 
 if __name__ == "__main__":
