@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None,
                 f"avg_factor has {_checks.shape_of(avg_factor)}; expected a number or a 0-dim Tensor"
             )
         return avg_factor.to(torch.float64), 0.0
-    if isinstance(avg_factor, (int, float)):
+    if isinstance(avg_factor, Real):
         return None, float("nan") if avg_factor != avg_factor else max(float(avg_factor), 1.0)
     raise TypeError(f"avg_factor is {avg_factor!r}; expected a number or a 0-dim Tensor")
 

@@ -222,7 +222,9 @@ def compute_weight(weight: Tensor | None, input: Tensor) -> Tensor | None:
 
 def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     lead = len(to) - len(shape)
-    return lead >= 0 and all(size in (1, wanted) for size, wanted in zip(shape, to[lead:], strict=True))
+    return lead >= 0 and all(
+        size == wanted or size == 1 for size, wanted in zip(shape, to[lead:], strict=True)
+    )
 
 
 def shape_of(tensor: Tensor) -> str:

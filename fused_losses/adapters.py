@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import functional
-from .bce import BCEWithLogitsLoss
-from .focal import FocalLoss
+from .focal import FocalLoss, wraps_plain_bce
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def register_adapter(
 
 def yolov5_focal_loss(criterion: Any, pred: Tensor, true: Tensor) -> Any:
     """alpha_t u^gamma bce, bce by the criterion it wraps: `fused_losses.FocalLoss`, whose attributes it has."""
-    if not _wraps_plain_bce(criterion):
+    if not wraps_plain_bce(criterion) or not criterion.gamma >= 0:
         return NotImplemented
     return FocalLoss.forward(criterion, pred, true)
 
@@ -71,7 +70,7 @@ def yolov5_focal_loss(criterion: Any, pred: Tensor, true: Tensor) -> Any:
 def yolov5_quality_focal_loss(criterion: Any, pred: Tensor, true: Tensor) -> Any:
     """alpha_t |t - s|^gamma bce, bce by the criterion it wraps. A pos_weight that is not 1 goes to the original."""
     bce, alpha = criterion.loss_fcn, criterion.alpha
-    if not _wraps_plain_bce(criterion) or pred.shape != true.shape or not _is_one(bce.pos_weight):
+    if not wraps_plain_bce(criterion) or pred.shape != true.shape or not _is_one(bce.pos_weight):
         return NotImplemented
     balance = true * alpha + (1 - true) * (1 - alpha)
     weight = balance if bce.weight is None else balance * bce.weight
@@ -131,7 +130,9 @@ def ultralytics_distribution_focal_loss(criterion: Any, pred_dist: Tensor, targe
 
 def timm_label_smoothing(criterion: Any, x: Tensor, target: Tensor) -> Any:
     """confidence nll + smoothing mean_c(-log p_c), with confidence = 1 - smoothing. No index is ignored."""
-    if x.dim() != 2 or target.dim() != 1 or criterion.confidence != 1.0 - criterion.smoothing:
+    if x.dim() != 2 or target.dim() != 1 or target.dtype != torch.int64 or not 0 <= criterion.smoothing <= 1:
+        return NotImplemented
+    if criterion.confidence != 1.0 - criterion.smoothing:
         return NotImplemented
     return functional.cross_entropy(x, target, ignore_index=_NO_INDEX, label_smoothing=criterion.smoothing)
 
@@ -178,17 +179,6 @@ def _is_one(weight: Tensor | None) -> bool:
 
 
 _NO_INDEX = torch.iinfo(torch.int64).min
-
-
-def _wraps_plain_bce(criterion: Any) -> bool:
-    """Whether the wrapped criterion does what its class does, and nothing would notice that it is not called."""
-    bce = criterion.loss_fcn
-    return (
-        type(bce) in (torch.nn.BCEWithLogitsLoss, BCEWithLogitsLoss)
-        and bce.reduction == "none"
-        and not (bce._forward_hooks or bce._forward_pre_hooks or bce._backward_hooks)
-        and "forward" not in vars(bce)
-    )
 
 
 def _logits(*shape: int) -> Tensor:

@@ -12,6 +12,7 @@ from . import _checks, reference
 from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
 from ._autograd import evaluate, evaluate_eagerly
 from ._ops import LossOps
+from .bce import BCEWithLogitsLoss
 from .detection.index_target import IndexTarget
 
 
@@ -373,20 +374,23 @@ class FocalLoss(Module):
 
     Args:
         loss_fcn: a BCEWithLogitsLoss, torch's or ours. Its reduction becomes this module's, and "none" its own,
-            as in YOLOv5.
+            as in YOLOv5. One with a forward or hooks of its own is called, and what is around it is plain torch.
         gamma: how much a right prediction is discounted, >= 0.
-        alpha: weight of the positive targets.
+        alpha: weight of the positive targets, or (C), one for each class.
 
     Shapes: pred and true (*), or true an IndexTarget; the result is (*) for "none", else ().
 
     Raises:
-        TypeError: loss_fcn is no BCEWithLogitsLoss.
+        TypeError: loss_fcn is no BCEWithLogitsLoss; or it has a forward of its own, and true is an IndexTarget, or
+            avg_factor is given.
         ValueError: as `fused_losses.functional.sigmoid_focal_loss`.
 
     Source: Lin et al. 2017, arXiv:1708.02002; YOLOv5's utils/loss.py.
     """
 
-    def __init__(self, loss_fcn: torch.nn.BCEWithLogitsLoss, gamma: float = 2.0, alpha: float = 0.25) -> None:
+    def __init__(
+        self, loss_fcn: torch.nn.BCEWithLogitsLoss, gamma: float = 2.0, alpha: float | Tensor = 0.25
+    ) -> None:
         super().__init__()
         if not isinstance(loss_fcn, torch.nn.BCEWithLogitsLoss):
             raise TypeError(f"loss_fcn is {loss_fcn!r}; expected a BCEWithLogitsLoss")
@@ -399,11 +403,20 @@ class FocalLoss(Module):
     def forward(self, pred: Tensor, true: Tensor | IndexTarget, *, avg_factor: AvgFactor = None) -> Tensor:
         # YOLOv5 reduces for "mean" and "sum" and leaves anything else as it is.
         reduction = self.reduction if self.reduction in ("mean", "sum") else "none"
+        if not wraps_plain_bce(self):
+            if isinstance(true, IndexTarget) or avg_factor is not None:
+                raise TypeError(
+                    f"loss_fcn, {self.loss_fcn!r}, has a forward, hooks or a reduction of its own: it takes no IndexTarget "
+                    "and no avg_factor"
+                )
+            return _around(self.loss_fcn(pred, true), pred, true, self.alpha, self.gamma, reduction)
         weight, pos_weight = self.loss_fcn.weight, self.loss_fcn.pos_weight
         inplace_backward = bool(getattr(self.loss_fcn, "inplace_backward", False))
         class_dim = getattr(self.loss_fcn, "class_dim", -1)
-        balance = (self.alpha, 1 - self.alpha)
-        if not isinstance(true, IndexTarget) and avg_factor is None and class_dim == -1:
+        per_class = self.alpha if isinstance(self.alpha, Tensor) else None
+        balance = (1.0, 1.0) if isinstance(self.alpha, Tensor) else (self.alpha, 1 - self.alpha)
+        plain = per_class is None and avg_factor is None and class_dim == -1
+        if plain and not isinstance(true, IndexTarget):
             return _sigmoid_focal(
                 pred, true, weight, pos_weight, *balance, self.gamma, reduction, inplace_backward
             )
@@ -414,6 +427,7 @@ class FocalLoss(Module):
             true,
             weight=weight,
             pos_weight=pos_weight,
+            alpha=per_class,
             alpha_positive=balance[0],
             alpha_negative=balance[1],
             gamma=self.gamma,
@@ -427,3 +441,26 @@ class FocalLoss(Module):
 
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}, alpha={self.alpha}, reduction={self.reduction!r}"
+
+
+def wraps_plain_bce(criterion: Any) -> bool:
+    """Whether the wrapped criterion does what its class does, and nothing would notice that it is not called."""
+    bce = criterion.loss_fcn
+    return (
+        type(bce).forward in (torch.nn.BCEWithLogitsLoss.forward, BCEWithLogitsLoss.forward)
+        and type(bce).__call__ is Module.__call__
+        and bce.reduction == "none"
+        and not (bce._forward_hooks or bce._forward_pre_hooks or bce._backward_hooks)
+        and not bce._backward_pre_hooks
+        and "forward" not in vars(bce)
+    )
+
+
+def _around(
+    ce: Tensor, pred: Tensor, true: Tensor, alpha: float | Tensor, gamma: float, reduction: str
+) -> Tensor:
+    """What YOLOv5 does with the result of the criterion it wraps."""
+    s = pred.sigmoid()
+    u = true * (1 - s) + (1 - true) * s
+    loss = (true * alpha + (1 - true) * (1 - alpha)) * u**gamma * ce
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()

@@ -149,10 +149,18 @@ class _Walk:
 
     def exchange(self, where: str, value: Any, put: Put) -> Any:
         """Has our function held where torch's is, and another tuple where one holds torch's."""
+        before = len(self.report.replaced)
         new = self.substitute(where, value)
         if new is value or self.report.dry_run:
             return value
-        put(new)
+        try:
+            put(new)
+        except Exception as error:  # read-only
+            for one in self.report.replaced[before:]:
+                why_not = f"its holder does not let it go: {error}"
+                self.report.left_alone.append(Found(one.where, one.what, why_not))
+            del self.report.replaced[before:]
+            return value
         self.report._undo.append(functools.partial(put, value))
         return new
 

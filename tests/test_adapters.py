@@ -306,6 +306,21 @@ def test_the_wrapped_criterion_counts() -> None:
     assert later(*args) == yolov5.FocalLoss.forward(later, *args)
 
 
+def test_what_the_kernels_do_not_take_goes_to_the_original() -> None:
+    criterion, logits, target = timm.LabelSmoothingCrossEntropy(), torch.randn(6, 5), index(6, 5)
+    fused(criterion)
+    assert criterion(logits, target.int()) == timm.LabelSmoothingCrossEntropy.forward(
+        criterion, logits, target.int()
+    )
+    criterion.smoothing, criterion.confidence = 1.2, 1 - 1.2
+    assert criterion(logits, target) == timm.LabelSmoothingCrossEntropy.forward(criterion, logits, target)
+    focal, args = fused(yolov5.FocalLoss(bce())), (torch.randn(2, 3), torch.ones(2, 3))
+    focal.gamma = -0.5
+    assert focal(*args) == yolov5.FocalLoss.forward(focal, *args)
+    focal.gamma, focal.alpha = 2.0, torch.rand(3)
+    torch.testing.assert_close(focal(*args), yolov5.FocalLoss.forward(focal, *args))
+
+
 def test_the_numbers_decide_between_classes_that_hold_the_same() -> None:
     class FocalLoss(yolov5.QFocalLoss):
         """Quality focal loss under the name of the other."""

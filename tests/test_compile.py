@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import cases
@@ -10,7 +11,7 @@ import torch
 from cases import CASES, IN_PLACE_CASES, Case
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -279,6 +280,29 @@ def test_inductor_trains_without_recompiling(kind: type[nn.Module], batch: Any) 
     assert counter.frame_count == graphs
     for ours, theirs in zip(compiled_network.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        fused_losses.BCEWithLogitsLoss(pos_weight=torch.rand(5, device="cpu")),
+        fused_losses.FocalLoss(nn.BCEWithLogitsLoss(pos_weight=torch.rand(5, device="cpu"))),
+        fused_losses.FocalLoss(nn.BCEWithLogitsLoss(), alpha=0.3),
+        fused_losses.SigmoidFocalLoss(alpha=torch.rand(5, device="cpu")),
+    ],
+    ids=["bce", "FocalLoss", "FocalLoss without", "focal"],
+)
+def test_weights_in_buffers_and_batches_of_any_size(criterion: nn.Module) -> None:
+    """Dynamo knows a buffer's shape and not the input's."""
+    torch._dynamo.reset()
+    graphs = EagerAndRecordGraphs()
+    criterion = copy.deepcopy(criterion).to(torch.get_default_device())
+    compiled = torch.compile(criterion, backend=graphs, fullgraph=True, dynamic=True)
+    for size in (6, 9):
+        logits, target = torch.randn(size, 5), torch.rand(size, 5)
+        torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
+    (graph,) = graphs.graphs
+    assert any("fused_losses" in str(node.target) for node in graph.graph.nodes)
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -213,12 +213,15 @@ def test_all_rows_ignored(weighted: bool, smoothing: float, dtype: torch.dtype) 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_weights_that_sum_to_zero(reduction: str) -> None:
     logits, index = draw((5, 7), "ordinary", torch.float32)
-    arguments: dict[str, Any] = {"target": index, "weight": torch.zeros(7), "reduction": reduction}
-    torch.testing.assert_close(
-        F.cross_entropy(logits, **arguments),
-        torch_functional.cross_entropy(logits, **arguments),
-        equal_nan=True,
-    )
+    index = index.clamp(max=5)
+    for weight, label_smoothing in ((torch.zeros(7), 0.0), (torch.arange(7).float() // 6, 0.1)):
+        arguments: dict[str, Any] = {"target": index, "weight": weight, "reduction": reduction}
+        arguments["label_smoothing"] = label_smoothing
+        torch.testing.assert_close(
+            F.cross_entropy(logits, **arguments),
+            torch_functional.cross_entropy(logits, **arguments),
+            equal_nan=True,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import plain
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_rows_far_from_zero_among_others(bins: int, dtype: torch.dtype) -> None:
         check(logits, target=target, reduction="none")
 
 
+@pytest.mark.every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("row", [(50, -40, -40), (69, -20, -20), (60, -40, -41), (40, -41, -42), (88, 0, -3)])
+def test_a_neighbour_far_below_the_largest(row: tuple[float, ...], dtype: torch.dtype) -> None:
+    """exp of their distance is no number in fp32: 90, 89, 100, ..."""
+    logits, target = torch.tensor([row], dtype=dtype), torch.tensor([1.25], dtype=dtype)
+    for positions in (1, 64):
+        check(logits.repeat(positions, 1), target=target.repeat(positions))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "misaligned", "sliced", "stepped"])
 @pytest.mark.parametrize("shape", [(16,), (33, 16), (9, 4, 16), (2, 5, 4, 17)])
 def test_layouts(shape: tuple[int, ...], layout: str) -> None:
@@ -138,7 +149,16 @@ def test_yolov8_box_loss() -> None:
 def test_avg_factor(dtype: torch.dtype) -> None:
     logits, target = draw((33, 16), dtype)
     total = F.distribution_focal_loss(logits.double(), target.double(), reduction="sum")
-    for factor in (0, 0.5, 7, torch.tensor(7), torch.tensor(0.5), torch.tensor([9.0])):
+    for factor in (
+        0,
+        0.5,
+        7,
+        np.float32(7),
+        np.int64(7),
+        torch.tensor(7),
+        torch.tensor(0.5),
+        torch.tensor([9.0]),
+    ):
         leaf = logits.clone().requires_grad_()
         loss = F.distribution_focal_loss(leaf, target, avg_factor=factor)
         expected = total / max(float(factor), 1)

@@ -316,6 +316,39 @@ def test_yolo_wrapper_follows_its_attributes() -> None:
     torch.testing.assert_close(ours(logits, true), theirs(logits, true))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_yolo_wrapper_with_an_alpha_for_each_class(reduction: str) -> None:
+    logits, true, alpha = torch.randn(33, 17), torch.rand(33, 17), torch.rand(17)
+    ours = fused_losses.FocalLoss(nn.BCEWithLogitsLoss(reduction=reduction), alpha=alpha)
+    theirs = plain.FocalLoss(nn.BCEWithLogitsLoss(reduction=reduction), 2.0, alpha)
+    assert_accurate(ours, theirs, logits, true=true, cancels=True)
+
+
+@pytest.mark.parametrize("kind", ["forward", "its own forward", "hook", "reduction"])
+def test_yolo_wrapper_calls_a_criterion_that_is_more_than_its_class(kind: str) -> None:
+    class Clipped(nn.BCEWithLogitsLoss):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return super().forward(input.clamp(-1, 1), target)
+
+    def criterion() -> nn.BCEWithLogitsLoss:
+        return Clipped() if kind == "forward" else nn.BCEWithLogitsLoss()
+
+    logits, true = torch.randn(33, 17) * 3, torch.rand(33, 17)
+    ours, theirs = fused_losses.FocalLoss(criterion()), plain.FocalLoss(criterion(), 2.0, 0.25)
+    for focal in (ours, theirs):
+        if kind == "its own forward":
+            focal.loss_fcn.forward = lambda pred, true: pred * true
+        elif kind == "hook":
+            focal.loss_fcn.register_forward_hook(lambda module, arguments, output: 2 * output)
+        elif kind == "reduction":
+            focal.loss_fcn.reduction = "mean"
+    torch.testing.assert_close(ours(logits, true), theirs(logits, true))
+    with pytest.raises(TypeError, match="no IndexTarget and no avg_factor"):
+        ours(logits, true, avg_factor=3)
+    with pytest.raises(TypeError, match="no IndexTarget and no avg_factor"):
+        ours(logits, fused_losses.IndexTarget(torch.zeros(33, dtype=torch.long)))
+
+
 def test_float16_with_a_loss_scale() -> None:
     logits, targets = torch.randn(4096, 10).half(), torch.rand(4096, 10).round().half()
     leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()

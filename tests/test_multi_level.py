@@ -103,6 +103,15 @@ def test_launches(balanced: bool) -> None:
     assert len(others) <= (12 if balanced else 1)
 
 
+def test_a_balance_that_is_learned() -> None:
+    levels = [(torch.randn(3, 4), torch.rand(3, 4)) for _ in range(3)]
+    balance = torch.tensor([4.0, 1.0, 0.4], requires_grad=True)
+    total, values = multi_level("quality_focal_loss", levels, balance)
+    torch.testing.assert_close(total, balance @ values)
+    (gradient,) = torch.autograd.grad(total, balance)
+    torch.testing.assert_close(gradient, values)
+
+
 def test_differentiates_twice() -> None:
     logits = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     targets = [torch.rand(3, 4, dtype=torch.float64) for _ in range(2)]
@@ -125,3 +134,5 @@ def test_errors() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+    with pytest.raises(TypeError, match="a level is a tuple"):
+        multi_level("quality_focal_loss", [level], return_probabilities=True)

@@ -144,6 +144,19 @@ def test_a_subclass_without_a_forward_of_its_own() -> None:
     assert type(criterion) is Renamed
 
 
+def test_a_holder_that_does_not_let_go_is_left_alone_and_named() -> None:
+    class ReadOnly(dict):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            raise TypeError("read-only")
+
+    held = ReadOnly(function=torch_functional.cross_entropy)
+    report = replace_criterion([nn.CrossEntropyLoss(), held, nn.BCELoss()])
+    assert [one.where for one in report.replaced] == ["obj[0]", "obj[2]"]
+    assert [one.then for one in report.left_alone] == ["its holder does not let it go: read-only"]
+    assert held["function"] is torch_functional.cross_entropy
+    report.restore()
+
+
 def test_a_forward_of_its_own_is_left_alone_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     class OwnCall(nn.CrossEntropyLoss):
         def __call__(self, input: Tensor, target: Tensor) -> Tensor:

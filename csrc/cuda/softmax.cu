@@ -568,6 +568,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   double sum = 0;
   for (unsigned i = threadIdx.x; i < count; i += kFinishThreads) sum += b.partial[i];
   sum = block_sum(sum, scratch);
+  if (denominator == 0) sum = 0;  // the mean is nan, as torch's, also where label smoothing leaves a sum
   if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum / denominator));
 }
 

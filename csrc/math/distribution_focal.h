@@ -16,11 +16,11 @@ FL_FN V sum_of(const NeighbourSums<V>& row) {
   return row.others + (row.left + row.right);
 }
 
-// Whether shift 0 serves, without the row's maximum: the sum and the larger neighbour are numbers to reckon with.
+// Whether shift 0 serves, without the row's maximum: the quotient of the sum and the larger neighbour is a number, too.
 template <class V>
 FL_FN auto serves_unshifted(const NeighbourSums<V>& row) {
   const V nearer = at_least(row.left, row.right);
-  return (nearer > 0x1p-60) & (sum_of(row) < 0x1p100);
+  return (nearer > 0x1p-60) & (sum_of(row) < 0x1p60);
 }
 
 // value = sum of q_j (-log p_j) = q_b (z_a - z_b) + log(sum / e_a), a the neighbour of the larger logit, b the other.

@@ -50,7 +50,9 @@ Tensor run(const Tensor& logits, const Tensor& target, const SoftmaxOptions& opt
       parallel_sum(args.positions, chunk, [&](int64_t begin, int64_t end) { return kernel(args, begin, end); });
   if (!forward) return *upstream;
   if (none) return *call.value;
-  return scalar(options.reduction == Reduction::mean ? sum / denominator : sum, logits, args.value_dtype != args.dtype);
+  // Without any weight the mean is nan, as torch's, also where label smoothing leaves a sum.
+  const double mean = (denominator == 0 ? 0 : sum) / denominator;
+  return scalar(options.reduction == Reduction::mean ? mean : sum, logits, args.value_dtype != args.dtype);
 }
 
 }  // namespace

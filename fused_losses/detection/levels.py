@@ -48,6 +48,7 @@ def multi_level(
         The total, (), and the values before the balance, (levels), detached.
 
     Raises:
+        TypeError: a loss that returns something beside itself.
         ValueError: no level, another number of factors or options than of levels, a loss that is not reduced to one
             number, or no loss of that name.
 
@@ -63,6 +64,10 @@ def multi_level(
     own = each if each is not None else [{}] * len(pairs)
     values = [function(*pair, **(options | more)) for pair, more in zip(pairs, own, strict=True)]
     for value in values:
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the loss of a level is a {type(value).__name__}; expected a Tensor, and nothing beside it"
+            )
         if value.dim() != 0:
             raise ValueError(
                 f"the loss of a level has shape {tuple(value.shape)}; expected one number: reduction 'mean' or 'sum'"
@@ -72,7 +77,9 @@ def multi_level(
         return stacked.sum(), stacked.detach()
     total = values[0] * balance[0]
     for value, factor in zip(values[1:], balance[1:], strict=True):
-        total = torch.add(total, value, alpha=factor)
+        total = (
+            total + value * factor if isinstance(factor, Tensor) else torch.add(total, value, alpha=factor)
+        )
     return total, stacked.detach()
 
 
