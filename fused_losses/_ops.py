@@ -120,7 +120,9 @@ def register_fakes(name: str, reference: Callable[..., Tensor], writes_probabili
             return input.new_empty((), dtype=dtype)
         elements = reference(*arguments[:wide])
         if elements.shape == input.shape:
-            return torch.empty_like(input, dtype=dtype)
+            target = rest[0]
+            dense = target.shape == input.shape and target.is_floating_point()
+            return torch.empty_like(target if dense and name != "bce" else input, dtype=dtype)
         return input.new_empty(elements.shape, dtype=dtype)
 
     def gradient(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:

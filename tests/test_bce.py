@@ -75,6 +75,19 @@ def logits_of(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.every_level
+@pytest.mark.parametrize("name", ["binary_cross_entropy", "binary_cross_entropy_with_logits"])
+def test_layout_of_the_elements(name: str) -> None:
+    """torch's, so that who takes a view of the loss still may."""
+    ours, theirs = getattr(F, name), getattr(torch_functional, name)
+    straight, across = torch.rand(2, 50, 80), torch.rand(2, 80, 50).permute(0, 2, 1)
+    for input in (straight, across, straight[:, :1].expand(2, 50, 80)):
+        for target in (straight, across, straight[:1].expand(2, 50, 80)):
+            loss = ours(input, target, reduction="none")
+            expected = theirs(input, target, reduction="none")
+            assert loss.stride() == expected.stride()
+            torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SIZES)
 def test_sizes(shape: tuple[int, ...], dtype: torch.dtype) -> None:

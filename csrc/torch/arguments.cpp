@@ -160,7 +160,9 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   if (options.probability) args.probability = operand(*options.probability, input, "probability");
   if (upstream && none) args.upstream = operand(*upstream, input, "upstream");
   if (forward && none) {
-    call.value = empty_in_order(input, args.value_dtype != own);
+    // In the order torch's function has it: that of its first operand.
+    const Tensor& first = loss == Elementwise::bce || args.index.code ? input : target;
+    call.value = empty_in_order(first, args.value_dtype != own);
     args.value = operand(*call.value, input, "value");
   }
   if (grad) args.grad = operand(*grad, input, "gradient");
