@@ -261,6 +261,14 @@ def test_zero_size(shape: tuple[int, ...], reduction: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_zero_size_of_another_dtype(reduction: str) -> None:
+    input, target = torch.rand(0, 5), torch.rand(0, 5, dtype=torch.float64)
+    assert F.binary_cross_entropy_with_logits(input, target, reduction=reduction).dtype == torch.float64
+    with pytest.raises(RuntimeError, match="float64"):
+        F.binary_cross_entropy(input, target, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_zero_dimensional(reduction: str) -> None:
     for dtype in DTYPES:
         half = torch.tensor(0.5, dtype=dtype)

@@ -330,6 +330,9 @@ def test_nothing_to_average(name: str) -> None:
     ours = LOSSES[name][0]
     all_ignored = IndexTarget(torch.full((4,), IGNORED))
     nobody = IndexTarget(torch.empty(0, dtype=torch.int64))
+    elements = F.sigmoid_focal_loss(torch.randn(0, 5), nobody, reduction="none")
+    assert elements.shape == (0, 5)
+    assert elements.dtype == torch.float32
     for logits, target in ((torch.randn(4, 5), all_ignored), (torch.randn(0, 5), nobody)):
         leaf = logits.requires_grad_()
         assert ours(leaf, target, reduction="mean").isnan()

@@ -145,7 +145,8 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   args.input = operand(input, input, "input");
   const DType own = args.input.dtype, compute = own == DType::f64 ? DType::f64 : DType::f32;
   args.value_dtype = value_dtype(own, options.wide);
-  if (options.head && target.scalar_type() == torch::headeronly::ScalarType::Long) {
+  const bool indexed = options.head && target.scalar_type() == torch::headeronly::ScalarType::Long;
+  if (indexed) {
     index_target(call, input, target, options);
   } else {
     args.target = operand(target, input, "target");
@@ -161,18 +162,22 @@ ElementwiseCall elementwise_call(Elementwise loss, const Tensor& input, const Te
   if (upstream && none) args.upstream = operand(*upstream, input, "upstream");
   if (forward && none) {
     // In the order torch's function has it: that of its first operand.
-    const Tensor& first = loss == Elementwise::bce || args.index.code ? input : target;
+    const Tensor& first = loss == Elementwise::bce || indexed ? input : target;
     call.value = empty_in_order(first, args.value_dtype != own);
     args.value = operand(*call.value, input, "value");
   }
   if (grad) args.grad = operand(*grad, input, "gradient");
-  const auto has = [](const Operand& o, DType dtype) { return !o.data || o.dtype == dtype; };
-  STD_TORCH_CHECK(has(args.target, own) || has(args.target, args.value_dtype),
+  STD_TORCH_CHECK(indexed || args.target.dtype == own || args.target.dtype == args.value_dtype,
                   "target must have the input's dtype, or the loss's");
-  STD_TORCH_CHECK(has(args.probability, own), "probability must have the input's dtype");
-  STD_TORCH_CHECK(has(args.upstream, args.value_dtype), "the upstream gradient must have the loss's dtype");
-  for (const Operand* o : {&args.weight, &args.pos_weight, &args.alpha})
-    STD_TORCH_CHECK(has(*o, own) || has(*o, compute), "weights must have the input's dtype, or that of its arithmetic");
+  STD_TORCH_CHECK(!options.probability || args.probability.dtype == own, "probability must have the input's dtype");
+  STD_TORCH_CHECK(!upstream || !none || args.upstream.dtype == args.value_dtype,
+                  "the upstream gradient must have the loss's dtype");
+  const auto is_weight = [&](const OptionalTensor& given, const Operand& o) {
+    return !given || o.dtype == own || o.dtype == compute;
+  };
+  STD_TORCH_CHECK(is_weight(options.weight, args.weight) && is_weight(options.pos_weight, args.pos_weight) &&
+                      is_weight(options.alpha, args.alpha),
+                  "weights must have the input's dtype, or that of its arithmetic");
   if (input.numel() > 0) collapse(args, input);
   return call;
 }
