@@ -85,7 +85,10 @@ def autocasts(input: Tensor) -> bool:
 
 
 def _constant(*weights: Tensor | None) -> bool:
-    return all(w is None or (type(w) in _TENSOR_TYPES and not w.requires_grad) for w in weights)
+    return all(
+        w is None or (type(w) in _TENSOR_TYPES and not w.requires_grad and w.dtype is not torch.float64)
+        for w in weights
+    )
 
 
 def plain(

@@ -339,3 +339,13 @@ def test_grad_scaler() -> None:
     scaler.update()
     assert not torch.equal(layer.weight, weights)
     assert scaler.get_scale() == 2.0**16
+
+
+def test_a_weight_in_float64() -> None:
+    """torch refuses it beside class indices, and has a float64 loss beside soft targets."""
+    logits, weight = torch.randn(4, 5).bfloat16(), torch.rand(5, dtype=torch.float64)
+    with autocast():
+        with pytest.raises(RuntimeError, match="Double"):
+            F.cross_entropy(logits, torch.arange(4), weight)
+        loss = F.cross_entropy(logits, torch.rand(4, 5).softmax(1).bfloat16(), weight)
+    assert loss.dtype == torch.float64
