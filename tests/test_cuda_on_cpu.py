@@ -450,7 +450,8 @@ def test_a_bin_out_of_range_stops_the_kernel(wrong: float) -> None:
 # What each is asked to look at, for the sake of time: every kernel, its ends and tails. -k "" instead runs all.
 LAYOUTS = "layouts and (5-index or 1030)"
 CHOSEN = {
-    "address": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3 or edges",
+    "address": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3"
+    " or cost_layouts or edges",
     "thread": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place or pairwise and 31 or many_targets",
 }
 
