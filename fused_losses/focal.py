@@ -413,21 +413,33 @@ class FocalLoss(Module):
         weight, pos_weight = self.loss_fcn.weight, self.loss_fcn.pos_weight
         inplace_backward = bool(getattr(self.loss_fcn, "inplace_backward", False))
         class_dim = getattr(self.loss_fcn, "class_dim", -1)
-        per_class = self.alpha if isinstance(self.alpha, Tensor) else None
-        balance = (1.0, 1.0) if isinstance(self.alpha, Tensor) else (self.alpha, 1 - self.alpha)
-        plain = per_class is None and avg_factor is None and class_dim == -1
-        if plain and not isinstance(true, IndexTarget):
+        loss: Tensor
+        if isinstance(self.alpha, Tensor):
+            loss = sigmoid_focal_loss(
+                pred,
+                true,
+                self.alpha,
+                self.gamma,
+                reduction,
+                weight=weight,
+                pos_weight=pos_weight,
+                avg_factor=avg_factor,
+                class_dim=class_dim,
+                inplace_backward=inplace_backward,
+            )
+            return loss
+        balance = (self.alpha, 1 - self.alpha)
+        if not isinstance(true, IndexTarget) and avg_factor is None and class_dim == -1:
             return _sigmoid_focal(
                 pred, true, weight, pos_weight, *balance, self.gamma, reduction, inplace_backward
             )
         _require_gamma(self.gamma)
-        loss: Tensor = evaluate_anchors(
+        loss = evaluate_anchors(
             _ANCHORS,
             pred,
             true,
             weight=weight,
             pos_weight=pos_weight,
-            alpha=per_class,
             alpha_positive=balance[0],
             alpha_negative=balance[1],
             gamma=self.gamma,
@@ -463,4 +475,4 @@ def _around(
     s = pred.sigmoid()
     u = true * (1 - s) + (1 - true) * s
     loss = (true * alpha + (1 - true) * (1 - alpha)) * u**gamma * ce
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    return reference.reduce(loss, reduction)

@@ -69,7 +69,7 @@ def binary_cross_entropy_with_logits(
     loss = _logistic_loss(_wide(input), _wide(target), pos_weight)
     if weight is not None:
         loss = loss * weight
-    return _reduce(loss, reduction).to(torch.result_type(input, target))
+    return reduce(loss, reduction).to(torch.result_type(input, target))
 
 
 def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -109,7 +109,7 @@ def sigmoid_focal_loss(
     loss = focal_elements(x, t, pos_weight, alpha_positive, alpha_negative, gamma, False)
     if weight is not None:
         loss = loss * weight
-    return _reduce(loss, reduction).to(torch.result_type(input, target))
+    return reduce(loss, reduction).to(torch.result_type(input, target))
 
 
 def softmax_focal_loss(
@@ -142,7 +142,7 @@ def softmax_focal_loss(
     if reduction == "mean":
         loss = loss.sum() / (~ignored).sum()
     else:
-        loss = _reduce(loss, reduction)
+        loss = reduce(loss, reduction)
     return loss.to(input.dtype)
 
 
@@ -397,11 +397,11 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _mean_by(loss: Tensor, reduction: str, avg_factor: Tensor | None, divisor: float) -> Tensor:
     if reduction != "mean" or (divisor == 0 and avg_factor is None):
-        return _reduce(loss, reduction)
+        return reduce(loss, reduction)
     return loss.sum() / (divisor if avg_factor is None else avg_factor.clamp(min=1).to(loss.dtype))
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     if reduction == "mean":
