@@ -142,7 +142,8 @@ def test_error_of_powers(power: float, dtype: type[np.floating]) -> None:
     y = evaluate("pow", x, power)
     with mpmath.workdps(40):
         error, at = largest_error(y, [mpmath.mpf(value) ** mpmath.mpf(power) for value in x.tolist()])
-    bound = 1.1 if dtype == np.float32 else 2 + 32 * power
+    through_double = _C.cpu_level() == "baseline"  # without fused multiply-add
+    bound = 2 + 32 * power if dtype == np.float64 else 0.51 if through_double else 1.1
     assert error <= bound, f"{x[at]!r} ** {power} = {y[at]!r} is {error:.2f} ulp off"
 
 
