@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_build import clean_environment, copy_tree
 
 from fused_losses import _C
 
@@ -18,9 +19,11 @@ TESTS = ["test_cross_entropy.py", "test_bce.py", "test_focal.py", "test_detectio
 TESTS += ["test_distribution_focal.py", "test_vector_math.py", "test_autocast.py"]
 
 
-def run(*command: str, level: str | None) -> subprocess.CompletedProcess[str]:
+def run(*command: str, level: str | None, package: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment.pop(VARIABLE, None)
+    if package is not None:
+        environment["PYTHONPATH"] = str(package)
     if level is not None:
         environment[VARIABLE] = level
     return subprocess.run(
@@ -63,9 +66,41 @@ def test_a_wrong_level_is_an_error(level: str) -> None:
     assert "baseline" in result.stderr
 
 
+def run_core(level: str, package: Path | None = None) -> None:
+    options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-m", "every_level"]
+    result = run("-m", "pytest", *options, *TESTS, level=level, package=package)
+    assert result.returncode == 0, f"at {level}:\n{result.stdout[-4000:]}{result.stderr[-2000:]}"
+
+
 @pytest.mark.skipif(CHILD, reason="the level is already chosen")
 @pytest.mark.parametrize("level", _C.cpu_levels()[:-1])
 def test_core_at_level(level: str) -> None:
-    options = ["-q", "-x", "--tb=short", "-p", "no:cacheprovider", "-m", "every_level"]
-    result = run("-m", "pytest", *options, *TESTS, level=level)
-    assert result.returncode == 0, f"at {level}:\n{result.stdout[-4000:]}{result.stderr[-2000:]}"
+    run_core(level)
+
+
+@pytest.mark.skipif(CHILD, reason="the level is already chosen")
+@pytest.mark.skipif(_C.cpu_levels()[-1] != "avx2", reason="where AVX2 is the best there is")
+def test_core_at_avx512_without_it(tmp_path: Path) -> None:
+    """The same source, its intrinsics replaced: what it computes, but not the instructions the compiler makes of it."""
+    tree = copy_tree(tmp_path / "tree")
+    header = Path(__file__).with_name("avx512_on_avx2.h")
+    edit(
+        tree / "csrc/cpu/level_avx512.cpp",
+        ('target("avx512f,avx512bw,avx512dq,avx512vl,avx2,', 'target("avx2,'),
+        ('#include "cpu/level_headers.h"\n', f'#include "cpu/level_headers.h"\n#include "{header}"\n'),
+    )
+    edit(tree / "csrc/cpu/kernels.cpp", ('__builtin_cpu_supports("avx512', 'sizeof("avx512'))
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    done = subprocess.run(
+        build, cwd=tree, env=clean_environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_core("avx512", package=tree)
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    text = path.read_text()
+    for before, after in changes:
+        assert before in text, f"{path.name} has no {before!r}"
+        text = text.replace(before, after)
+    path.write_text(text)
