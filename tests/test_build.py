@@ -206,8 +206,11 @@ def modules(tmp_path: Path) -> Path:
     """A folder to import from that holds setuptools and nothing else."""
     import setuptools
 
-    for name in ("setuptools", "_distutils_hack"):
-        (tmp_path / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    packages = Path(setuptools.__file__).parents[1]
+    # Before 82 it imports pkg_resources, and reads the arguments setup() takes from its metadata.
+    for pattern in ("setuptools*", "_distutils_hack", "pkg_resources"):
+        for found in packages.glob(pattern):
+            (tmp_path / found.name).symlink_to(found)
     return tmp_path
 
 
