@@ -80,7 +80,7 @@ class LossOps:
 
     @staticmethod
     def of(name: str, reference: Callable[..., Tensor], *, writes_probability: bool = False) -> LossOps:
-        register_fakes(name, reference, writes_probability)
+        register_fakes(name, writes_probability)
 
         def op(suffix: str) -> Any:
             return load_op(name + suffix)
@@ -103,7 +103,7 @@ by_number: dict[int, LossOps] = {}
 FORWARD = ("", "_train", "_train_")
 
 
-def register_fakes(name: str, reference: Callable[..., Tensor], writes_probability: bool) -> None:
+def register_fakes(name: str, writes_probability: bool) -> None:
     """The shapes, strides and dtypes that the five ops return, for what traces a program without running it."""
     schema = getattr(torch.ops.fused_losses, name).default._schema
     names = [argument.name for argument in schema.arguments]
@@ -118,12 +118,14 @@ def register_fakes(name: str, reference: Callable[..., Tensor], writes_probabili
         dtype = torch.float32 if wider else input.dtype
         if arguments[reduction] != 0:
             return input.new_empty((), dtype=dtype)
-        elements = reference(*arguments[:wide])
-        if elements.shape == input.shape:
-            target = rest[0]
-            dense = target.shape == input.shape and target.is_floating_point()
-            return torch.empty_like(target if dense and name != "bce" else input, dtype=dtype)
-        return input.new_empty(elements.shape, dtype=dtype)
+        target: Tensor = rest[0]
+        if name in ("cross_entropy", "softmax_focal"):
+            class_dim = min(1, input.dim() - 1)
+            return input.new_empty((*input.shape[:class_dim], *input.shape[class_dim + 1 :]), dtype=dtype)
+        if name == "distribution_focal":
+            return input.new_empty(target.shape, dtype=dtype)
+        dense = target.is_floating_point() and name != "bce"
+        return torch.empty_like(target if dense else input, dtype=dtype)
 
     def gradient(upstream: Tensor, input: Tensor, *rest: Any) -> Tensor:
         return torch.empty_like(input)
