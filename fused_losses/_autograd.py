@@ -25,6 +25,7 @@ Options = tuple[Any, ...]
 
 _recording = torch.is_grad_enabled
 _keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 class Stored(Function):
@@ -40,10 +41,13 @@ class Stored(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.loss, input, tensors, ctx.options, made = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(made.pop(), input, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
+        if upstream is None:  # the loss was no part of what was differentiated: no gradient, not one of zeros
+            return None, None, None, None, None
         gradient, *args = ctx.saved_tensors
         if _recording():
             gradient = _differentiable(ctx.loss, upstream, args, ctx.options)
@@ -60,18 +64,18 @@ class Overwritten(Function):
     @staticmethod
     def forward(loss: LossOps, input: Tensor, tensors: Tensors, options: Options) -> Any:
         value = loss.train_(input, *tensors, *options)
-        return value if _is_view(input) else (value, input)
+        return (value, input) if _can_be_marked(input) else value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         # Marked dirty, the logits carry this node from now on: who uses them later gets an error, not the
-        # gradient's numbers. torch allows that beside another output only where they are no view; a view's
-        # users are caught by the version counter, as far as they keep the logits for their own backward.
+        # gradient's numbers. Where torch does not allow that, users are caught by the version counter, as far as
+        # they keep the logits for their own backward.
         input = inputs[1]
-        if _is_view(input):
-            increment_version(input)
-        else:
+        if _can_be_marked(input):
             ctx.mark_dirty(input)
+        else:
+            increment_version(input)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input)
 
@@ -99,10 +103,13 @@ class Recomputed(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.loss, ctx.inplace, input, tensors, ctx.options = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, *tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
+        if upstream is None:
+            return None, None, None, None, None
         args = ctx.saved_tensors
         if ctx.inplace:
             _refuse_second_derivative()
@@ -124,16 +131,18 @@ def _is_batched(upstream: Tensor) -> bool:
 
 def _scale(gradient: Tensor, upstream: Tensor) -> None:
     """gradient *= upstream."""
-    # A number in the host's memory is read at once; on a GPU only the kernel may look at it.
-    if not upstream.is_cpu or upstream.item() != 1:
+    # A number in the host's memory is read at once; on a GPU only the kernel may look at it, and in a trace nobody.
+    if not upstream.is_cpu or _dispatch_modes() or upstream.item() != 1:
         scale_(gradient, upstream)
 
 
 def _differentiable(
     loss: LossOps, upstream: Tensor, args: Sequence[Tensor], options: Sequence[Any]
 ) -> Tensor:
-    value = loss.reference(*args, *options)
-    (gradient,) = torch.autograd.grad(value, args[0], upstream, create_graph=True)
+    # By an alias: hooks on the logits themselves are called for the gradient that leaves this node, and only then.
+    input = args[0].view_as(args[0])
+    value = loss.reference(input, *args[1:], *options)
+    (gradient,) = torch.autograd.grad(value, input, upstream, create_graph=True)
     return gradient
 
 
@@ -200,8 +209,10 @@ def _applier(function: Any) -> Callable[..., Any]:
 _stored, _overwritten, _recomputed = _applier(Stored), _applier(Overwritten), _applier(Recomputed)
 
 
-def _is_view(tensor: Tensor) -> bool:
-    return tensor._base is not None
+def _can_be_marked(input: Tensor) -> bool:
+    """Whether torch lets a Function with another output say that it has overwritten it: no view, nor a tensor whose
+    gradient is retained."""
+    return input._base is None and not input.retains_grad
 
 
 def _require_writable(input: Tensor) -> None:

@@ -9,6 +9,7 @@ from accuracy import DTYPES, REDUCTIONS
 from cases import CASES, IN_PLACE_CASES, Case
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_losses.functional as F
 
@@ -417,6 +418,57 @@ def test_in_place_and_second_derivatives(case: Case, reduction: str) -> None:
     assert_close(second, expected_second)
 
 
+@every_in_place_case
+@every_reduction
+def test_in_place_on_logits_that_retain_their_gradient(case: Case, reduction: str) -> None:
+    data, options = case.make(torch.float64)
+    results = []
+    for keyword in ({}, {"inplace_backward": True}):
+        leaf = data.clone().requires_grad_()
+        logits = leaf * 0.9
+        logits.retain_grad()
+        case.ours(logits, **options, **keyword, reduction=reduction).sum().backward()
+        results.append((leaf.grad, logits.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+class NoGradient(torch.autograd.Function):
+    """What a loss is logged by, say."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> None:
+        return None
+
+
+@every_case
+@every_reduction
+def test_no_upstream_gradient_is_no_gradient(case: Case, reduction: str) -> None:
+    """And not one of zeros, with which an optimizer would take a step of weight decay."""
+    logits, options = case.make(torch.float64)
+    leaf = logits.clone().requires_grad_()
+    NoGradient.apply(case.ours(leaf, **options, reduction=reduction)).sum().backward()
+    assert leaf.grad is None
+
+
+@every_case
+@every_reduction
+def test_make_fx(case: Case, reduction: str) -> None:
+    """It runs backward with tensors of which no number may be read."""
+    logits, options = case.make(torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        loss = case.ours(x * 0.9 + 0.01, **options, reduction=reduction).sum() * 2
+        return torch.autograd.grad(loss, x)[0]
+
+    leaf = logits.clone().requires_grad_()
+    assert_close(make_fx(gradient)(leaf)(leaf), gradient(leaf))
+
+
 def test_in_place_on_a_view() -> None:
     """A slice of the network's output, as detection heads have it: the rest of the tensor stays as it is."""
     weights = torch.randn(4, 85, dtype=torch.float64, requires_grad=True)
@@ -431,7 +483,10 @@ def test_in_place_on_a_view() -> None:
 
 
 @every_case
-def test_hooks_and_retained_gradients(case: Case) -> None:
+@every_reduction
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_hooks_and_retained_gradients(case: Case, reduction: str, create_graph: bool) -> None:
     data, options = case.make(torch.float64)
     results = []
     for loss_of in (case.ours, case.theirs):
@@ -439,8 +494,11 @@ def test_hooks_and_retained_gradients(case: Case) -> None:
         logits = leaf * 0.9 + 0.01
         logits.retain_grad()
         logits.register_hook(lambda gradient: gradient * 2)
-        loss_of(logits, **options).sum().backward()
-        results.append((leaf.grad, logits.grad))
+        loss_of(logits, **options, reduction=reduction).sum().backward(create_graph=create_graph)
+        assert leaf.grad is not None
+        assert logits.grad is not None
+        results.append((leaf.grad.detach(), logits.grad.detach()))
+        leaf.grad = logits.grad = None  # else they and their graph hold each other
     for ours, theirs in zip(*results, strict=True):
         assert_close(ours, theirs)
 

@@ -3,6 +3,7 @@
 //
 // PyTorch's autograd has no stable ABI: this part alone is compiled for one release, and loaded beside no other.
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -81,6 +82,7 @@ static void save(AutogradContext* ctx, const Call& call, std::initializer_list<T
   saved.insert(saved.end(), first);
   saved.insert(saved.end(), call.tensors.begin(), call.tensors.end());
   ctx->save_for_backward(std::move(saved));
+  ctx->set_materialize_grads(false);
   ctx->saved_data.emplace("options", call.options);
 }
 
@@ -121,8 +123,9 @@ static bool is_batched(const Tensor& upstream) {
 // gradient *= upstream
 static void scale(const Tensor& gradient, const Tensor& upstream) {
   static const auto op = find("scale_").typed<void(const Tensor&, const Tensor&)>();
-  // A number in the host's memory is read at once; on a GPU only the kernel may look at it.
-  if (!upstream.is_cpu() || upstream.item<double>() != 1) op.call(gradient, upstream);
+  // A number in the host's memory is read at once; on a GPU only the kernel may look at it, and in a trace nobody.
+  if (!upstream.is_cpu() || c10::impl::TorchDispatchModeTLS::any_modes_set() || upstream.item<double>() != 1)
+    op.call(gradient, upstream);
 }
 
 }  // namespace fused_losses
@@ -138,6 +141,7 @@ struct StoredBackward : torch::autograd::Function<StoredBackward> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    if (!upstream[0].defined()) return {Tensor(), Tensor()};
     const variable_list saved = ctx->get_saved_variables();
     Tensor gradient = saved[0];
     if (at::GradMode::is_enabled())
@@ -157,6 +161,7 @@ struct RecomputedBackward : torch::autograd::Function<RecomputedBackward> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    if (!upstream[0].defined()) return {Tensor(), Tensor()};
     const variable_list saved = ctx->get_saved_variables();
     if (at::GradMode::is_enabled()) return {differentiable(ctx, upstream[0], saved), Tensor()};
     const auto options = ctx->saved_data.at("options").toList();
