@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import warnings
@@ -140,18 +141,27 @@ class patch_torch(ContextDecorator):
     def __exit__(self, *exception: object) -> None:
         _leave()
 
+    def __call__(self, function: Any) -> Any:
+        if isinstance(function, type) or any(kind(function) for kind in _RUN_LATER):
+            raise TypeError(
+                f"patch_torch() is given {function!r} to decorate, and expects a function that runs when it is called: "
+                "the patch would be over before this one's code runs. Write `with patch_torch():` inside it"
+            )
+        return super().__call__(function)
+
+
+_RUN_LATER = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+
 
 def _enter() -> None:
     global _patches_in_force
     with _lock:
         if _patches_in_force == 0:
-            _exchange(torch_functional.cross_entropy)
-            _exchange(torch_functional.binary_cross_entropy)
-            _exchange(torch_functional.binary_cross_entropy_with_logits)
-            vision = sys.modules.get("torchvision.ops.focal_loss")
-            if vision is not None:
-                routes["sigmoid_focal_loss"] = _torchvision_route(_torch.own_copy(vision.sigmoid_focal_loss))
-                _exchange(vision.sigmoid_focal_loss)
+            try:
+                _exchange_all()
+            except BaseException:  # a warning that is an error: all or nothing
+                _restore()
+                raise
         _patches_in_force += 1
 
 
@@ -160,10 +170,24 @@ def _leave() -> None:
     with _lock:
         _patches_in_force -= 1
         if _patches_in_force == 0:
-            while _exchanged:
-                function, original, ours = _exchanged.pop()
-                if function.__code__ is ours:
-                    function.__code__ = original
+            _restore()
+
+
+def _exchange_all() -> None:
+    _exchange(torch_functional.cross_entropy)
+    _exchange(torch_functional.binary_cross_entropy)
+    _exchange(torch_functional.binary_cross_entropy_with_logits)
+    vision = sys.modules.get("torchvision.ops.focal_loss")
+    if vision is not None:
+        routes["sigmoid_focal_loss"] = _torchvision_route(_torch.own_copy(vision.sigmoid_focal_loss))
+        _exchange(vision.sigmoid_focal_loss)
+
+
+def _restore() -> None:
+    while _exchanged:
+        function, original, ours = _exchanged.pop()
+        if function.__code__ is ours:
+            function.__code__ = original
 
 
 def _exchange(function: Any) -> None:

@@ -212,6 +212,9 @@ def _equivalent(obj: Any) -> tuple[Ours | None, str]:
         if issubclass(cls, theirs):
             if cls.forward is not _FORWARDS[theirs] or "forward" in vars(obj):
                 return None, "its forward is its own"
+            for name in vars(ours).get("__annotations__", ()):  # what our forward reads and torch's does not
+                if hasattr(obj, name):
+                    return None, f"its {name} is its own"
             return (ours, "") if cls.__call__ is _CALL else (None, "its __call__ is its own")
     why_not = ""
     for adapter in ADAPTERS:
@@ -279,7 +282,7 @@ def derive(theirs: Any, ours: Any) -> type:
         "_fused_by": (theirs, ours),
     }
     if isinstance(ours, type):
-        return types.new_class(theirs.__name__, (theirs, ours), exec_body=lambda names: names.update(body))
+        return _new_class(theirs.__name__, (theirs, ours), body)
     original = getattr(theirs, _method(theirs))
 
     @functools.wraps(original)
@@ -288,16 +291,36 @@ def derive(theirs: Any, ours: Any) -> type:
         return original(self, *args, **kwargs) if result is NotImplemented else result
 
     body[_method(theirs)] = forward
-    return types.new_class(theirs.__name__, (theirs,), exec_body=lambda names: names.update(body))
+    return _new_class(theirs.__name__, (theirs,), body)
+
+
+class _NoHook:
+    """Before a class in the order of bases, so that its own `__init_subclass__`, which may register what derives from
+    it, hears nothing of ours. It has a __dict__, as they do: else no object could change from one class to the other."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
+def _new_class(name: str, bases: tuple[type, ...], body: dict[str, Any]) -> type:
+    return types.new_class(name, (_NoHook, *bases), exec_body=lambda names: names.update(body))
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    make, arguments, *state = super(type(self), self).__reduce_ex__(max(int(protocol), 2))
-    return (_make, (type(self)._fused_by, make, arguments[1:]), *state)
+    derived = type(self)
+    reduced = super(derived, self).__reduce_ex__(max(int(protocol), 2))
+    if isinstance(reduced, str):  # a global's name
+        return reduced
+    theirs = derived._fused_by[0]
+    make, *arguments = (theirs if item is derived else item for item in (reduced[0], *reduced[1]))
+    return (_make, (derived._fused_by, make, tuple(arguments)), *reduced[2:])
 
 
 def _make(fused_by: tuple[type, Ours], make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return make(derive(*fused_by), *arguments)  # type: ignore[arg-type]
+    made = make(*arguments)
+    if type(made) is fused_by[0]:
+        _set_class(made, derive(*fused_by))  # type: ignore[arg-type]
+    return made
 
 
 def _set_class(obj: Any, cls: type) -> None:
@@ -422,5 +445,13 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any, Put | None]]:
                     yield f".{name}", child.__get__(value), functools.partial(child.__set__, value)
                 except AttributeError:  # an empty slot
                     continue
-            elif name not in own and not name.startswith("__") and not hasattr(type(child), "__get__"):
+            elif name in own or name.startswith("__"):
+                continue
+            elif isinstance(child, staticmethod) and not _is_users(child.__func__):
+                yield f".{name}", child.__func__, functools.partial(_set_static, cls, name)
+            elif not hasattr(type(child), "__get__"):
                 yield f".{name}", child, functools.partial(setattr, cls, name)
+
+
+def _set_static(cls: type, name: str, function: Any) -> None:
+    setattr(cls, name, staticmethod(function))

@@ -176,6 +176,31 @@ def test_decorator() -> None:
     assert not is_fused(cross_entropy(input, target))
 
 
+def test_a_decorated_function_that_runs_later_is_refused() -> None:
+    def generator() -> Iterator[int]:
+        yield 1
+
+    async def coroutine() -> None: ...
+
+    for function in (generator, coroutine, nn.Linear):
+        with pytest.raises(TypeError, match=r"(generator|coroutine|Linear)(.|\n)*with patch_torch"):
+            patch_torch()(function)
+
+
+def test_a_patch_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [state(function) for function in FUNCTIONS]
+    monkeypatch.setattr(torch_functional, "binary_cross_entropy", lambda *args: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="leaves"):
+            patch_torch().enable()
+    assert [state(function) for function in FUNCTIONS] == before
+    with pytest.warns(UserWarning, match="leaves") as caught, patch_torch():
+        assert state(cross_entropy) != before[0]
+    assert caught[0].filename == __file__
+    assert [state(function) for function in FUNCTIONS] == before
+
+
 def test_ends_with_an_exception() -> None:
     input, target = batch(cross_entropy)
     with pytest.raises(ValueError, match="target"), patch_torch():

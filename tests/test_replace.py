@@ -144,6 +144,63 @@ def test_a_subclass_without_a_forward_of_its_own() -> None:
     assert type(criterion) is Renamed
 
 
+@pytest.mark.parametrize("name", ["class_dim", "inplace_backward"])
+def test_an_attribute_that_ours_would_take_for_its_own(name: str) -> None:
+    class Theirs(nn.BCEWithLogitsLoss):
+        pass
+
+    criterion = Theirs()
+    setattr(criterion, name, 1)
+    report = replace_criterion([criterion])
+    assert type(criterion) is Theirs
+    assert name in report.left_alone[0].then
+
+
+class Reduced(nn.CrossEntropyLoss):
+    def __init__(self, note: str) -> None:
+        super().__init__()
+        self.note = note
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.note,)
+
+
+def test_a_subclass_that_says_how_to_copy_it() -> None:
+    criterion = Reduced("mine")
+    replace_criterion(criterion)
+    for again in (copy.deepcopy(criterion), copy.copy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert again.note == "mine"
+        assert isinstance(again, Reduced)
+        assert isinstance(again, fused_losses.CrossEntropyLoss)
+
+
+def test_a_class_that_registers_what_derives_from_it() -> None:
+    registry = {}
+
+    class Registered(nn.CrossEntropyLoss):
+        def __init_subclass__(cls) -> None:
+            registry[cls.__name__] = cls
+
+    class One(Registered):
+        pass
+
+    criterion = One()
+    replace_criterion(criterion)
+    assert isinstance(criterion, fused_losses.CrossEntropyLoss)
+    assert registry == {"One": One}
+
+
+def test_a_function_kept_as_a_static_method() -> None:
+    class Head:
+        loss = staticmethod(torch_functional.cross_entropy)
+
+    report = replace_criterion(Head())
+    assert Head.loss is F.cross_entropy
+    assert Head().loss is F.cross_entropy
+    report.restore()
+    assert Head.loss is Head().loss is torch_functional.cross_entropy
+
+
 def test_a_holder_that_does_not_let_go_is_left_alone_and_named() -> None:
     class ReadOnly(dict):
         def __setitem__(self, key: Any, value: Any) -> None:
