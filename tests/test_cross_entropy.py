@@ -421,3 +421,56 @@ def test_in_place_where_rows_are_far_from_zero(classes: int, label_smoothing: fl
     (loss, grad), (loss_in_place, grad_in_place) = results
     torch.testing.assert_close(loss_in_place, loss, rtol=1e-6, atol=0, equal_nan=True)
     torch.testing.assert_close(grad_in_place, grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("classes", [10, 64])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_a_wrong_class_has_all_of(classes: int, reduction: str, weighted: bool) -> None:
+    """Their gradient is the scale itself: nothing hides how often it has been rounded."""
+    rows = torch.arange(2000)
+    target = torch.randint(classes, (2000,))
+    logits = torch.randn(2000, classes) * 2
+    logits[rows, (target + 1) % classes] = 30.0
+    weight = torch.rand(classes) * 3 if weighted else None
+    check(logits, target, weight=weight, reduction=reduction)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("classes", [2, 5, 10, 20])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_confident_rows_with_probabilities(classes: int, reduction: str, device: str) -> None:
+    """The loss is what the sum of the terms has above 1, and no target says which term is the 1."""
+    if device != "cpu":
+        pytest.skip("the CUDA kernels' sums have no second part")
+    target = torch.randint(classes, (4000,))
+    logits = torch.randn(4000, classes) * 0.5
+    logits[torch.arange(4000), target] += 10
+    check(logits, torch_functional.one_hot(target, classes).to(logits.dtype), reduction=reduction)
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("loss_of", [F.cross_entropy, F.softmax_focal_loss])
+@pytest.mark.parametrize("classes", [10, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("logits_near", "size"),
+    [(45.0, 1e-20), (45.0, 1e-25), (50.0, 1e-12), (-25.0, 1e30), (-10.0, 1e36), (0.0, 0.0)],
+)
+def test_scales_and_sums_of_any_size(
+    loss_of: Any, classes: int, dtype: torch.dtype, logits_near: float, size: float
+) -> None:
+    """exp(x - 0) may be as far from 1 as the upstream gradient or a weight: their quotient is none that overflows."""
+    data, target = torch.randn(8, classes) + logits_near, torch.randint(classes, (8,))
+    keyword = "weight" if loss_of is F.cross_entropy else "alpha"
+    for upstream, weight in ((size, 1.0), (1.0, size)):
+        results = []
+        for wide in (False, True):
+            logits = data.to(dtype).to(torch.float64 if wide else dtype).requires_grad_()
+            weights = torch.full((classes,), weight, dtype=logits.dtype)
+            loss = loss_of(logits, target, **{keyword: weights}, reduction="none")
+            (gradient,) = torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))
+            results.append(gradient.double())
+        ours, exact = results
+        assert (ours - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()

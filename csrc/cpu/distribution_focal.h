@@ -41,6 +41,15 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
       return rest >= lanes ? load(from + u * lanes) : rest > 0 ? load_part<V>(from + u * lanes, rest, 0) : V{};
     };
     logits.read(a.logits, x);
+
+    const T* upstream = a.upstream ? stage_run(a.value_dtype, a.upstream, p, 1, n, staged) : nullptr;
+    V factor[vectors], scale[vectors];
+    for (int u = 0; u < vectors; ++u) {
+      factor[u] = weight ? of_positions(weight + p, u) : broadcast<V>(1);
+      scale[u] = factor[u] * static_cast<T>(a.grad_scale);
+      if (upstream) scale[u] *= of_positions(upstream, u);
+    }
+
     NeighbourSums<V> row[vectors];
     V left_bin[vectors], shift[vectors] = {};
     for (bool retried = false;; retried = true) {
@@ -77,7 +86,7 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
         others.end_run();
         left_bin[u] = left;
         row[u] = {right - place, place - left, z_left, z_right, exp_term(z_left), exp_term(z_right), others.total};
-        misfit[u] = ~serves_unshifted(row[u]);
+        misfit[u] = ~(serves_unshifted(row[u]) & serves_unshifted_sum(scale[u]));
         any |= misfit[u];
       }
       if (retried || !any_lane(any)) break;
@@ -89,13 +98,10 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
       }
     }
 
-    const T* upstream = a.upstream ? stage_run(a.value_dtype, a.upstream, p, 1, n, staged) : nullptr;
-    V scale[vectors];
 #pragma GCC unroll 4
     for (int u = 0; u < vectors; ++u) {
       const int64_t rest = n - u * lanes;
-      V factor = weight ? of_positions(weight + p, u) : broadcast<V>(1);
-      V value = factor * distribution_focal_value(row[u]);
+      V value = factor[u] * distribution_focal_value(row[u]);
       if (rest < lanes) value = select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(rest), value, V{});
       total += to_double_sum(value);
       if (a.value && rest > 0) {
@@ -103,16 +109,18 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
         store(lane, value);
         unstage_run(a.value_dtype, a.value, p + u * lanes, 1, rest < lanes ? rest : lanes, lane);
       }
-      if (upstream) factor *= of_positions(upstream, u);
-      scale[u] = broadcast<V>(static_cast<T>(a.grad_scale)) * factor;
     }
 
     if constexpr (want_grad) {
       for (int u = 0; u < vectors; ++u) {
         const NeighbourSums<V>& s = row[u];
-        const V inverse = scale[u] / sum_of(s), left = left_bin[u], right = left + 1;
-        const V left_slope = inverse * neighbour_slope(s.left_weight, s.left, s.right_weight, s.right, s.others);
-        const V right_slope = inverse * neighbour_slope(s.right_weight, s.right, s.left_weight, s.left, s.others);
+        // Rounded once: they have more operations than the other bins' terms.
+        const auto left_weight = wide(s.left_weight), right_weight = wide(s.right_weight);
+        const auto e_left = wide(s.left), e_right = wide(s.right), others = wide(s.others);
+        const auto exact = wide(scale[u]) / (others + (e_left + e_right));
+        const V left_slope = round_once(neighbour_slope(left_weight, e_left, right_weight, e_right, others) * exact);
+        const V right_slope = round_once(neighbour_slope(right_weight, e_right, left_weight, e_left, others) * exact);
+        const V inverse = round_once(exact), left = left_bin[u], right = left + 1;
 #pragma GCC unroll 4
         for (int64_t c = 0; c < classes; ++c) {
           T* const at = x + c * group + u * lanes;

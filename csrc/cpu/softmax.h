@@ -120,6 +120,14 @@ FL_FN auto in_range(V shift, V above, V rest) {
          (rest <= select<V>(zero, broadcast<V>(0x1p80), broadcast<V>(0x1p16))) & (above < 60);
 }
 
+// Whether a row's factor, its scale over the sum, is a normal number for every sum that shift 0 allows. Relative to the
+// maximum the sum is a small number, and serves any scale.
+template <class V>
+FL_FN auto serves_unshifted_sum(V scale) {
+  const V size = magnitude(scale);
+  return (size == 0) | ((size > 0x1p-38) & (size < 0x1p78));
+}
+
 // The same relative to a power of two near the sum of all: shift + k log(2) stands for RowSums's m.
 constexpr double kLog2 = 0.69314718055994530942;
 template <class V>
@@ -139,6 +147,12 @@ struct NearSum {
 
 template <class T>
 constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : static_cast<T>(-__FLT_MAX__);
+
+// The gradient by the target's logit, before `scale`: RowLoss's, or cross entropy's of a 1 - p_y that is not rounded.
+template <class V, class W>
+FL_FN W target_slope(RowLoss<V> loss, W others_share, double gamma) {
+  return gamma > 0 ? wide(loss.target) : wide(-loss.softmax) * others_share;
+}
 
 // ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -310,15 +324,12 @@ FL_CALL void write_gradient(const RowGroup<S>& rows, int64_t n, const DenseTarge
     const V low = broadcast<V>(static_cast<T>(what_is_left(factor, high[0])));
     const V scale = broadcast<V>(static_cast<T>(plain_nan(rows.scale[i]))), same = scale * target.smooth;
     const auto gradient = [&](auto term, V q) {
-      decltype(term) small{};
-      if constexpr (is_narrow<S>)
-        term = exp_term_coarse(term - shift);
-      else
-        small = term * low;
-      if constexpr (dense == Dense::uniform) small -= same;
-      if constexpr (dense == Dense::any) small -= scale * q;
-      if constexpr (is_narrow<S> && dense == Dense::none) return term * high;
-      return term * high + small;
+      if constexpr (is_narrow<S>) term = exp_term_coarse(term - shift);
+      auto sum = term * high;  // the large numbers' difference first: it is small, and may be exact
+      if constexpr (dense == Dense::uniform) sum -= same;
+      if constexpr (dense == Dense::any) sum -= scale * q;
+      if constexpr (!is_narrow<S>) sum += term * low;
+      return sum;
     };
     const auto whole = [&](int64_t j) __attribute__((always_inline)) {
       return gradient(load(from + j), dense == Dense::any ? target.whole(j, t ? t + j : nullptr) : V{});
@@ -406,18 +417,21 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
     }
     rows.count = i;
 
+    bool by_maximum[lanes];
     for (i = 0; i < rows.count; ++i) {
+      const T scale = static_cast<T>(a.index ? rows.scale[i] * rows.weight[i] : rows.scale[i]);
+      by_maximum[i] = at_maximum || (want_grad && !serves_unshifted_sum(broadcast<V>(scale))[0]);
       rows.shift[i] = shift;
-      if (!maximum_first) continue;
+      if (!maximum_first && !by_maximum[i]) continue;
       const T maximum = find_maximum(rows.logits[i], classes);
-      rows.shift[i] = at_maximum ? maximum : shift_of(broadcast<V>(maximum))[0];
+      rows.shift[i] = by_maximum[i] ? maximum : shift_of(broadcast<V>(maximum))[0];
     }
     add_terms<S, dense, keep>(rows, 0, rows.count, classes, target, narrow_value);
     if (!maximum_first) {
       const V first_shift = load(rows.shift), above = load(rows.target_logit) - first_shift;
       const auto fits = in_range(first_shift, above, round_once(load_wide(rows.rest, V{})));
       for (i = 0; i < rows.count; ++i) {
-        if (fits[i]) continue;
+        if (fits[i] || by_maximum[i]) continue;
         const V maximum = broadcast<V>(find_maximum(rows.logits[i], classes));
         rows.shift[i] = other_shift(first_shift, maximum)[i];
         shift = shift_of(maximum)[0];
@@ -436,7 +450,8 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
                          : cross_entropy_row(sums, load(rows.weight));
     auto value = wide(loss.value);
     if constexpr (dense != Dense::none)
-      value = value + load_wide(rows.q_distance, V{}) + q * (near.moved() + wide(log_sum(sums)));
+      value = value + load_wide(rows.q_distance, V{}) +
+              q * (near.moved() + wide(log_sum(sums, round_once(rest * wide(near.unit) - wide(sums.rest)))));
     total += sum_lanes(to_double_sum(value));
     if (a.value) {
       T lane[lanes];
@@ -445,10 +460,11 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
     }
 
     if constexpr (want_grad) {
-      const auto unit = wide(near.unit), all = rest * unit + wide(sums.target_term);
+      const auto others_term = rest * wide(near.unit), all = others_term + wide(sums.target_term);
       const auto scale = load_wide(rows.scale, V{});
-      store_wide(rows.factor, (wide(loss.softmax) + q) * scale * unit / all);
-      store_wide(rows.at_target, (wide(loss.target) + q * wide(sums.target_term) / all) * scale);
+      store_wide(rows.factor, (wide(loss.softmax) + q) * scale * wide(near.unit) / all);
+      const auto slope = target_slope(loss, others_term / all, a.gamma);
+      store_wide(rows.at_target, (slope + q * wide(sums.target_term) / all) * scale);
       write_gradient<S, dense>(rows, classes, target);
     }
   }
@@ -574,7 +590,18 @@ struct LongSum {
   V total{}, lost{}, run{};
   FL_INLINE void add(V term) { run += term; }
   FL_INLINE void end_run() {
-    const V y = run - lost, sum = total + y, rounded = (sum - total) - y;
+    const V y = run - lost, sum = total + y;
+    keep(sum, (sum - total) - y);
+  }
+  // Each term by itself, the larger and the smaller of the two in any order (Knuth): for a sum of which most is
+  // subtracted again.
+  FL_INLINE void add_exactly(V term) {
+    const V y = term - lost, sum = total + y, added = sum - total;
+    keep(sum, ((sum - added) - total) + (added - y));
+  }
+
+ private:
+  FL_INLINE void keep(V sum, V rounded) {
     lost = select<V>(rounded == rounded, rounded, V{});  // an infinite total has lost nothing
     total = sum;
     run = V{};
@@ -633,10 +660,6 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         for (int u = 0; u < vectors; ++u) highest[u] = at_least(load(from + c * from_pitch + u * lanes), highest[u]);
     };
     if (!direct) logits.read(a.logits, x);
-    if (dense) find_maxima(next_shift);
-    V shift[vectors];
-#pragma GCC unroll 4
-    for (int u = 0; u < vectors; ++u) shift[u] = next_shift[u];
     if (dense && a.probability)
       columns(probability_offset, a.probability_stride[last], a.probability_class_stride)
           .read(a.probability, target_tile.get());
@@ -663,6 +686,22 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       for (int64_t i = 0; i < group; ++i)
         upstream_lane[i] =
             i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(a.value_dtype, a.upstream, p + i)) : T{0};
+
+    bool by_maximum = dense;
+    if constexpr (want_grad && !dense) {
+      I serves = ~I{};
+      for (int64_t i = 0; i < group; i += lanes) {
+        V scale = broadcast<V>(static_cast<T>(a.upstream ? 1 : a.grad_scale));
+        if (weight) scale *= load(weight_lane + i);
+        if (a.upstream) scale *= load(upstream_lane + i);
+        serves &= serves_unshifted_sum(scale);
+      }
+      by_maximum = any_lane(~serves);
+    }
+    if (by_maximum) find_maxima(next_shift);
+    V shift[vectors];
+#pragma GCC unroll 4
+    for (int u = 0; u < vectors; ++u) shift[u] = next_shift[u];
 
     const bool in_place = want_grad && grad.lies_as_tile();
     T* to = in_place ? static_cast<T*>(a.grad) + grad_offset[0] : x;
@@ -697,7 +736,11 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
             const int u = first + k;
             const I is_target = y[u] == I{} + static_cast<Lane>(c);
             if constexpr (want_grad) store(x + c * group + u * lanes, term[k]);
-            rest[u].add(select<V>(is_target, V{}, term[k]));
+            // Without an index a confident row's sum is 1 and little more, and its loss the little.
+            if (dense && !a.index)
+              rest[u].add_exactly(term[k]);
+            else
+              rest[u].add(select<V>(is_target, V{}, term[k]));
             above[u] = select<V>(is_target, distance[k], above[u]);
             if constexpr (dense) {
               const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
@@ -717,7 +760,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
           }
         }
       }
-      if (dense || again) break;
+      if (by_maximum || again) break;
       I misfit[vectors], any{};
 #pragma GCC unroll 4
       for (int u = 0; u < vectors; ++u) {
@@ -746,9 +789,10 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       if (a.index)
         loss = a.gamma > 0 ? softmax_focal_row(sums, row_weight, a.gamma)
                            : cross_entropy_row(sums, row_weight * static_cast<T>(1 - a.label_smoothing));
-      const V inverse = 1 / (sums.rest + sums.target_term);
+      const V lost = -rest[u].lost * near.unit;
       V value = loss.value;
-      if constexpr (dense) value += q_distance[u].total + q_sum[u].total * (round_once(near.moved()) + log_sum(sums));
+      if constexpr (dense)
+        value += q_distance[u].total + q_sum[u].total * (round_once(near.moved()) + log_sum(sums, lost));
       value = select<V>(live[u], value, V{});
       total += sum_lanes(to_double_sum(value));
       if (a.value) {
@@ -759,15 +803,19 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       }
       if constexpr (want_grad) {
         scale[u] = a.upstream ? load(upstream_lane + u * lanes) : broadcast<V>(static_cast<T>(a.grad_scale));
-        const V q_total = dense ? q_sum[u].total : V{};
-        at_target[u] = (loss.target + q_total * sums.target_term * inverse) * scale[u];
+        const V all = sums.rest + sums.target_term;
         if constexpr (dense) {
-          const auto exact = (wide(loss.softmax) + wide(q_total)) * wide(scale[u] * near.unit) /
-                             (wide(sums.rest) + wide(sums.target_term));
-          softmax[u] = round_once(exact);
-          softmax_low[u] = what_is_left(exact, softmax[u]);
+          const V q_total = q_sum[u].total;
+          const auto factor = (wide(loss.softmax) + wide(q_total)) * wide(scale[u] * near.unit) /
+                              (wide(sums.rest) + wide(lost) + wide(sums.target_term));
+          softmax[u] = round_once(factor);
+          softmax_low[u] = what_is_left(factor, softmax[u]);
+          at_target[u] = (loss.target + q_total * (sums.target_term / all)) * scale[u];
         } else {
-          softmax[u] = loss.softmax * inverse * scale[u] * near.unit;
+          // Rounded once: where a wrong class has all of the sum, its gradient is the scale itself.
+          const auto factor = wide(loss.softmax * near.unit) / wide(all);
+          softmax[u] = round_once(a.upstream ? factor * wide(scale[u]) : factor * a.grad_scale);
+          at_target[u] = loss.target * scale[u];
         }
       }
     }
@@ -781,8 +829,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
           V gradient = term * softmax[u], at_this = at_target[u];
           if constexpr (dense) {
             const V q = class_weight * (target.keep * (t ? load(t + c * group + u * lanes) : V{}) + target.smooth);
-            const V small = term * softmax_low[u] - scale[u] * q;
-            gradient = term * softmax[u] + small;
+            gradient = (gradient - scale[u] * q) + term * softmax_low[u];
             at_this -= scale[u] * q;
           }
           gradient = select<V>(y[u] == I{} + static_cast<Lane>(c), at_this, gradient);

@@ -213,7 +213,7 @@ __device__ __forceinline__ T finish_row(const SoftmaxArgs& a, RowStats<T> s, Row
   gradient->scale = scale;
   gradient->at_target = dense ? loss.target + s.q_sum * sums.target_term / sum : loss.target * scale;
   T value = loss.value;
-  if constexpr (dense) value += s.q_distance + s.q_sum * log_sum(sums);
+  if constexpr (dense) value += s.q_distance + s.q_sum * log_sum(sums, T{});
   return value;
 }
 

@@ -16,10 +16,12 @@ struct RowLoss {
   V target;   // ... and this for j = y
 };
 
-// log(sum of e_j), for a sum of about 1: e_y - 1 is exact where e_y is most of it.
+// log(sum of e_j), for a sum of about 1: e_y - 1 is exact where e_y is most of it, and `rest` - 1 where no target is
+// kept apart. `lost`: what rounding took from `rest`, all that is left of a confident row's sum then.
 template <class V>
-FL_FN V log_sum(RowSums<V> row) {
-  return log1p(select<V>(row.target_term >= 1, row.rest + (row.target_term - 1), row.rest - 1 + row.target_term));
+FL_FN V log_sum(RowSums<V> row, V lost) {
+  return log1p(select<V>(row.target_term >= 1, row.rest + (row.target_term - 1), row.rest - 1 + row.target_term) +
+               lost);
 }
 
 // -log p_y. Where the target holds most of the sum it is log1p(rest / e_y), with all the digits of `rest`; elsewhere
@@ -34,8 +36,7 @@ FL_FN V negative_log(RowSums<V> row) {
 // Cross entropy with a class index:  value = w_y (log sum + m - x_y),  grad = w_y (p_j - 1_y).
 template <class V>
 FL_FN RowLoss<V> cross_entropy_row(RowSums<V> row, V weight) {
-  const V inverse = 1 / (row.rest + row.target_term);
-  return {weight * negative_log(row), weight, -weight * row.rest * inverse};
+  return {weight * negative_log(row), weight, -weight * (row.rest / (row.rest + row.target_term))};
 }
 
 // q^gamma, for the customary exponents without a logarithm.

@@ -41,7 +41,7 @@ FL_FN V distribution_focal_value(const NeighbourSums<V>& row) {
 
 // sum (p_j - q_j) of a neighbour, from its weight and term and the other's: (1 - q) e - q (rest), and 1 - q is the
 // other's weight. Of any other bin it is e_j.
-template <class V>
-FL_FN V neighbour_slope(V weight, V term, V other_weight, V other_term, V others) {
+template <class Number>
+FL_FN Number neighbour_slope(Number weight, Number term, Number other_weight, Number other_term, Number others) {
   return other_weight * term - weight * (others + other_term);
 }
