@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -142,3 +143,17 @@ def test_a_gradient_is_accumulated_into() -> None:
     once = leaf.grad.clone()
     F.cross_entropy(leaf, target).backward()
     torch.testing.assert_close(leaf.grad, 2 * once)
+
+
+def test_little_is_kept_where_addresses_are_limited() -> None:
+    """`ulimit -v`: pages that the system may take back still count there."""
+    logits = torch.randn(30_000, CLASSES)  # 114 MiB
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 45, before[1]))
+    try:
+        gradient = gradient_of(logits)
+        in_use = mapped_kilobytes()
+        del gradient
+        assert in_use - mapped_kilobytes() > 100 << 10
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

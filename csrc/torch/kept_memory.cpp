@@ -2,6 +2,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 #include <array>
 #include <atomic>
@@ -61,9 +62,18 @@ bool put(std::atomic<Block*>& place, Block* block) {
   return was_free;
 }
 
+// `ulimit -v`: what the system takes back by itself are pages, and no addresses.
+bool addresses_are_limited() {
+  rlimit limit;
+  return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+}
+
 void keep(Block* block) {
   if (block->bytes > kMostBytes) return unmap(block);
-  if (kept_bytes + block->bytes > kHeldBytes) madvise(block->data, block->bytes, MADV_FREE);
+  if (kept_bytes + block->bytes > kHeldBytes) {
+    if (addresses_are_limited()) return unmap(block);
+    madvise(block->data, block->bytes, MADV_FREE);
+  }
   for (auto& place : kept)
     if (put(place, block)) return;
   kept_bytes += block->bytes;
