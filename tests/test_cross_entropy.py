@@ -474,3 +474,20 @@ def test_scales_and_sums_of_any_size(
             results.append(gradient.double())
         ours, exact = results
         assert (ours - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.every_level
+@pytest.mark.parametrize("classes", [10, 40])
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+@pytest.mark.parametrize(("logits_near", "upstream"), [(45.0, 1e-25), (-25.0, 1e30)])
+def test_scales_of_smoothed_rows(
+    classes: int, label_smoothing: float, logits_near: float, upstream: float
+) -> None:
+    data, target = torch.randn(8, classes) + logits_near, torch.randint(classes, (8,))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        logits = data.to(dtype).requires_grad_()
+        loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+        results.append(torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))[0].double())
+    ours, exact = results
+    assert (ours - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()

@@ -419,7 +419,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
 
     bool by_maximum[lanes];
     for (i = 0; i < rows.count; ++i) {
-      const T scale = static_cast<T>(a.index ? rows.scale[i] * rows.weight[i] : rows.scale[i]);
+      const T scale = static_cast<T>(dense == Dense::none ? rows.scale[i] * rows.weight[i] : rows.scale[i]);
       by_maximum[i] = at_maximum || (want_grad && !serves_unshifted_sum(broadcast<V>(scale))[0]);
       rows.shift[i] = shift;
       if (!maximum_first && !by_maximum[i]) continue;
