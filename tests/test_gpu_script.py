@@ -51,7 +51,7 @@ def test_a_step_that_fails_does_not_stop_the_next(
         gpu.Step(
             "fails", [python, "-c", "print('so much ' * 100_000); print('for that'); raise SystemExit(3)"], 60
         ),
-        gpu.Step("hangs", [python, "-c", HANGS], 3),
+        gpu.Step("hangs", [python, "-c", HANGS], 10),  # a busy machine takes seconds to start it
         gpu.Step("lacks", [python, "-c", ""], 60, ("no_such_module", "bin:no-such-program", "sys")),
         gpu.Step("works", [python, "-c", "import os; print(os.environ['WORD'])"], 60, (), {"WORD": "done"}),
     ]
