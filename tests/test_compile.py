@@ -312,9 +312,6 @@ def test_weights_in_buffers_and_batches_of_any_size(criterion: nn.Module) -> Non
 @every_case
 def test_unreduced_losses_of_batches_of_any_size(case: Case) -> None:
     torch._dynamo.reset()
-    _, options = case.make(torch.float32)
-    if any(isinstance(option, Tensor) and option.dim() == 0 for option in options.values()):
-        pytest.skip("of one size")
 
     def loss_of(logits: Tensor, options: dict[str, Any]) -> Tensor:
         return case.ours(logits, **options, reduction="none")
