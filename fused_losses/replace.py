@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import sys
 import types
 import warnings
@@ -212,7 +213,7 @@ def _equivalent(obj: Any) -> tuple[Ours | None, str]:
         if issubclass(cls, theirs):
             if cls.forward is not _FORWARDS[theirs] or "forward" in vars(obj):
                 return None, "its forward is its own"
-            for name in vars(ours).get("__annotations__", ()):  # what our forward reads and torch's does not
+            for name in inspect.get_annotations(ours):  # what our forward reads and torch's does not
                 if hasattr(obj, name):
                     return None, f"its {name} is its own"
             return (ours, "") if cls.__call__ is _CALL else (None, "its __call__ is its own")

@@ -60,6 +60,17 @@ def assert_accurate(
         _assert_no_worse(name, own[name], torchs[name], right[name], floor)
 
 
+def assert_gradient_of_any_size(loss_of: Callable[[Tensor], Tensor], data: Tensor, upstream: float) -> None:
+    """The gradient of an unreduced loss, with an upstream gradient far from 1, against the one it has in fp64."""
+    gradients = []
+    for dtype in (data.dtype, torch.float64):
+        logits = data.detach().to(dtype).requires_grad_()
+        loss = loss_of(logits)
+        gradients.append(torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))[0].double())
+    ours, exact = gradients
+    assert (ours - exact).abs().max() <= 4 * torch.finfo(data.dtype).eps * exact.abs().max()
+
+
 def ulps(result: Tensor, exact: Tensor, dtype: torch.dtype, floor: float | None = None) -> Tensor:
     """The error of result in units in the last place of dtype; 0 where exact is not finite in dtype.
 

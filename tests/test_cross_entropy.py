@@ -15,6 +15,7 @@ from accuracy import (
     TWO_PATHS,
     arrange,
     assert_accurate,
+    assert_gradient_of_any_size,
     draw,
     layouts_of,
     ulps,
@@ -465,15 +466,13 @@ def test_scales_and_sums_of_any_size(
     data, target = torch.randn(8, classes) + logits_near, torch.randint(classes, (8,))
     keyword = "weight" if loss_of is F.cross_entropy else "alpha"
     for upstream, weight in ((size, 1.0), (1.0, size)):
-        results = []
-        for wide in (False, True):
-            logits = data.to(dtype).to(torch.float64 if wide else dtype).requires_grad_()
+
+        def weighted(logits: Tensor, weight: float = weight) -> Tensor:
             weights = torch.full((classes,), weight, dtype=logits.dtype)
-            loss = loss_of(logits, target, **{keyword: weights}, reduction="none")
-            (gradient,) = torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))
-            results.append(gradient.double())
-        ours, exact = results
-        assert (ours - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+            loss: Tensor = loss_of(logits, target, **{keyword: weights}, reduction="none")
+            return loss
+
+        assert_gradient_of_any_size(weighted, data.to(dtype), upstream)
 
 
 @pytest.mark.every_level
@@ -484,10 +483,8 @@ def test_scales_of_smoothed_rows(
     classes: int, label_smoothing: float, logits_near: float, upstream: float
 ) -> None:
     data, target = torch.randn(8, classes) + logits_near, torch.randint(classes, (8,))
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        logits = data.to(dtype).requires_grad_()
-        loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
-        results.append(torch.autograd.grad(loss, logits, torch.full_like(loss, upstream))[0].double())
-    ours, exact = results
-    assert (ours - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+    def smoothed(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+
+    assert_gradient_of_any_size(smoothed, data, upstream)

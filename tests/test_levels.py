@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_build import clean_environment, copy_tree
+from test_build import copy_tree
+from test_build import run as run_in
 
 from fused_losses import _C
 
@@ -90,11 +91,7 @@ def test_core_at_avx512_without_it(tmp_path: Path) -> None:
         ('#include "cpu/level_headers.h"\n', f'#include "cpu/level_headers.h"\n#include "{header}"\n'),
     )
     edit(tree / "csrc/cpu/kernels.cpp", ('__builtin_cpu_supports("avx512', 'sizeof("avx512'))
-    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    done = subprocess.run(
-        build, cwd=tree, env=clean_environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_in(sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", cwd=tree)
     run_core("avx512", package=tree)
 
 

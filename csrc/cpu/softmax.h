@@ -148,12 +148,6 @@ struct NearSum {
 template <class T>
 constexpr T lowest = __is_same(T, double) ? static_cast<T>(-__DBL_MAX__) : static_cast<T>(-__FLT_MAX__);
 
-// The gradient by the target's logit, before `scale`: RowLoss's, or cross entropy's of a 1 - p_y that is not rounded.
-template <class V, class W>
-FL_FN W target_slope(RowLoss<V> loss, W others_share, double gamma) {
-  return gamma > 0 ? wide(loss.target) : wide(-loss.softmax) * others_share;
-}
-
 // ---- rows -----------------------------------------------------------------------------------------------------
 
 // Classes: only the block that holds the target tells its term from the others. Where an addition has a mask of its
@@ -463,7 +457,8 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
       const auto others_term = rest * wide(near.unit), all = others_term + wide(sums.target_term);
       const auto scale = load_wide(rows.scale, V{});
       store_wide(rows.factor, (wide(loss.softmax) + q) * scale * wide(near.unit) / all);
-      const auto slope = target_slope(loss, others_term / all, a.gamma);
+      // Cross entropy's from a 1 - p_y that is not rounded.
+      const auto slope = a.gamma > 0 ? wide(loss.target) : wide(-loss.softmax) * (others_term / all);
       store_wide(rows.at_target, (slope + q * wide(sums.target_term) / all) * scale);
       write_gradient<S, dense>(rows, classes, target);
     }
