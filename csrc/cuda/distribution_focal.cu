@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
       sizeof(T) == 8 ? static_cast<T>(-1.7976931348623157e308) : static_cast<T>(-3.4028234663852886e38);
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const SoftmaxArgs& a = d.rows;
-  T mean_scale = static_cast<T>(a.grad_scale / denominator_of(b));
-  if (b.scalar_upstream) mean_scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  Pair<T> mean_scale = Pair<T>::of(a.grad_scale / denominator_of(b));
+  if (b.scalar_upstream) mean_scale = mean_scale * widen(*static_cast<const O*>(b.scalar_upstream));
   const unsigned lane = threadIdx.x % lanes, rows = kThreads / lanes, step = rows * gridDim.x;
   Sum<T> sum;
   for (int64_t first = int64_t{rows} * blockIdx.x; first < a.positions; first += step) {
@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
     T highest = lowest;
     for (int64_t j = lane; inside && j < a.classes; j += lanes)
       highest = at_least(widen(x[j * a.logits_class_stride]), highest);
-    for (unsigned width = lanes / 2; width > 0; width /= 2)
-      highest = at_least(__shfl_xor_sync(0xffffffffu, highest, width), highest);
+    for (unsigned width = lanes / 2; width > 0; width /= 2) highest = at_least(shuffle_xor(highest, width), highest);
 
     // The last bin is a right neighbour, where it is not the only one. Every lane of a group has its neighbours' terms.
     const int64_t below = static_cast<int64_t>(t) < a.classes - 1 ? static_cast<int64_t>(t) : a.classes - 2;
@@ -75,8 +74,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
     }
     for (int64_t j = lane; inside && j < a.classes; j += lanes)
       if (j != left && j != right) row.others += exp(widen(x[j * a.logits_class_stride]) - highest);
-    for (unsigned width = lanes / 2; width > 0; width /= 2)
-      row.others += __shfl_xor_sync(0xffffffffu, row.others, width);
+    for (unsigned width = lanes / 2; width > 0; width /= 2) row.others += shuffle_xor(row.others, width);
     __syncwarp();  // in place, the gradient overwrites a neighbour's logit that other lanes have read
     if (!inside) continue;
     if (lane == 0) {
@@ -85,19 +83,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
       if (a.value) static_cast<O*>(a.value)[p] = Narrow<O>::from(value);
     }
     if (!a.grad) continue;
-    T scale = mean_scale * weight;
-    if (a.upstream) scale *= widen(static_cast<const O*>(a.upstream)[p]);
-    const T inverse = scale / sum_of(row);
+    Pair<T> scale = mean_scale * weight;
+    if (a.upstream) scale = scale * widen(static_cast<const O*>(a.upstream)[p]);
+    const Pair<T> left_term = row.left, right_term = row.right, others = row.others;
+    const Pair<T> inverse = scale / (others + (left_term + right_term));
     S* g = static_cast<S*>(a.grad) + offset_of(a, a.grad_stride, p);
     for (int64_t j = lane; j < a.classes; j += lanes) {
-      T slope;
+      Pair<T> slope;
       if (j == left)
-        slope = neighbour_slope(row.left_weight, row.left, row.right_weight, row.right, row.others);
+        slope = neighbour_slope<Pair<T>>(row.left_weight, left_term, row.right_weight, right_term, others);
       else if (j == right)
-        slope = neighbour_slope(row.right_weight, row.right, row.left_weight, row.left, row.others);
+        slope = neighbour_slope<Pair<T>>(row.right_weight, right_term, row.left_weight, left_term, others);
       else
         slope = exp(widen(x[j * a.logits_class_stride]) - highest);
-      g[j * a.grad_class_stride] = Narrow<S>::from(slope * inverse);
+      g[j * a.grad_class_stride] = Narrow<S>::from((slope * inverse).rounded());
     }
   }
   if (b.partial) {

@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads) pairwise_kernel(const PairwiseArgs a
         }
       }
       for (int width = kWarp / 2; width > 0; width /= 2) {
-        positive_sum += __shfl_xor_sync(0xffffffffu, positive_sum, width);
-        tail_sum += __shfl_xor_sync(0xffffffffu, tail_sum, width);
+        positive_sum += shuffle_xor(positive_sum, width);
+        tail_sum += shuffle_xor(tail_sum, width);
       }
       if (lane == 0) {
         positive[i] = positive_sum;

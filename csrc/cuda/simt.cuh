@@ -55,6 +55,10 @@ __device__ __forceinline__ float approximate_square_root(float x) {
   return y;
 }
 
+// A product that is rounded by itself, whatever is added to it.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // 16 bytes from global to shared memory, both addresses aligned, past the registers: a thread has as many on their
 // way as it likes. After wait_for_copies() the thread that asked for them sees them (others after a barrier as well).
 __device__ __forceinline__ void copy_16_bytes(void* shared, const void* global) {
@@ -274,13 +278,51 @@ __host__ __device__ __forceinline__ int misaligned(const S* p) {  // elements pa
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(S));
 }
 
+// high + low, `high` being the sum rounded: 48 bits for two floats (Dekker 1971; Knuth's two-sum). Where `high` is not
+// finite, `low` is 0.
+template <class T>
+struct Pair {
+  T high, low;
+  Pair() = default;
+  __device__ __forceinline__ Pair(T high, T low = 0) : high(high), low(low == low ? low : T{0}) {}
+  __device__ __forceinline__ T rounded() const { return high + low; }
+  static __device__ __forceinline__ Pair of(double x) {
+    const T high = static_cast<T>(x);
+    return {high, static_cast<T>(x - static_cast<double>(high))};
+  }
+  friend __device__ __forceinline__ Pair operator-(Pair a) { return {-a.high, -a.low}; }
+  friend __device__ __forceinline__ Pair operator+(Pair a, Pair b) {
+    const T sum = a.high + b.high, added = sum - a.high;
+    return {sum, (a.high - (sum - added)) + (b.high - added) + (a.low + b.low)};
+  }
+  friend __device__ __forceinline__ Pair operator-(Pair a, Pair b) { return a + -b; }
+  friend __device__ __forceinline__ Pair operator*(Pair a, Pair b) {
+    const T product = rounded_product(a.high, b.high);
+    return {product, fma(a.high, b.high, -product) + fma(a.high, b.low, a.low * b.high)};
+  }
+  friend __device__ __forceinline__ Pair operator/(Pair a, Pair b) {
+    const T quotient = a.high / b.high;
+    return {quotient, (fma(-quotient, b.high, a.high) + fma(-quotient, b.low, a.low)) / b.high};
+  }
+};
+
+// What the lane at `xor`-distance `width` has. Every lane of the warp takes part.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T x, int width) {
+  return __shfl_xor_sync(0xffffffffu, x, width);
+}
+template <class T>
+__device__ __forceinline__ Pair<T> shuffle_xor(Pair<T> x, int width) {
+  return {shuffle_xor(x.high, width), shuffle_xor(x.low, width)};
+}
+
 // The sum of x, pairwise; leaves x in disorder. (By recursion: a loop over widths is not always unrolled, and an array
 // with an index that is not constant goes to local memory.)
 template <int n, int size, class T>
 __device__ __forceinline__ T pairwise_sum(T (&x)[size]) {
   if constexpr (n > 1) {
 #pragma unroll
-    for (int k = 0; k < n / 2; ++k) x[k] += x[k + n / 2];
+    for (int k = 0; k < n / 2; ++k) x[k] = x[k] + x[k + n / 2];
     return pairwise_sum<n / 2>(x);
   }
   return x[0];
@@ -311,7 +353,7 @@ __device__ __forceinline__ int64_t offset_of(const Args& args, const int64_t (&s
 
 // The sum over the warp's threads, the same bits in every thread. Always the same order.
 __device__ __forceinline__ double warp_sum(double value) {
-  for (int width = kWarp / 2; width > 0; width /= 2) value += __shfl_xor_sync(0xffffffffu, value, width);
+  for (int width = kWarp / 2; width > 0; width /= 2) value += shuffle_xor(value, width);
   return value;
 }
 // The same over the block's threads; `scratch` holds a double a warp.

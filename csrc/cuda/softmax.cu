@@ -50,38 +50,44 @@ constexpr T lowest = sizeof(T) == 8 ? static_cast<T>(-1.7976931348623157e308) : 
 
 // ---- one row ---------------------------------------------------------------------------------------------------
 
-template <class T>
+// R, what the sum of terms is kept in. Without an index a confident row's sum is 1 and little more, and its loss the
+// little: for a float loss none of it is rounded away. A loss of 16 bits has no use for that, and fp64 no better
+// reference than torch's own sum.
+template <class T, class R>
 struct alignas(16) RowStats {
-  T maximum, rest, q_sum, q_distance;  // rest: without the target's term; q_distance: sum of q_j (maximum - x_j)
+  T maximum;
+  R rest;  // without the target's term
+  T q_sum, q_distance;  // sums of q_j and q_j (maximum - x_j)
 };
-template <class T>
-__device__ __forceinline__ RowStats<T> no_stats() {
-  return {lowest<T>, 0, 0, 0};
+template <class O, bool dense, class T>
+using RowStatsOf = RowStats<T, std::conditional_t<dense && std::is_same_v<O, float>, Pair<T>, T>>;
+template <class Stats>
+__device__ __forceinline__ Stats no_stats() {
+  return {lowest<decltype(Stats::maximum)>, 0, 0, 0};
 }
-template <class T>
-__device__ __forceinline__ RowStats<T> relative_to(RowStats<T> s, T maximum) {
+template <class T, class R>
+__device__ __forceinline__ RowStats<T, R> relative_to(RowStats<T, R> s, T maximum) {
   const T distance = maximum - s.maximum;
   return {maximum, s.rest * exp(-distance), s.q_sum, s.q_distance + s.q_sum * distance};
 }
-template <class T>
-__device__ __forceinline__ void add(RowStats<T>& s, RowStats<T> other) {  // of the same maximum
-  s.rest += other.rest;
+template <class T, class R>
+__device__ __forceinline__ void add(RowStats<T, R>& s, RowStats<T, R> other) {  // of the same maximum
+  s.rest = s.rest + other.rest;
   s.q_sum += other.q_sum;
   s.q_distance += other.q_distance;
 }
 // Those of a group of `lanes` neighbouring lanes in one, the same bits in each lane: the maximum first, so that each
 // costs one exponential. Every lane of the warp takes part.
-template <bool dense, class T>
-__device__ __forceinline__ RowStats<T> merge_lanes(RowStats<T> s, int lanes) {
-  constexpr unsigned all = 0xffffffffu;
+template <bool dense, class T, class R>
+__device__ __forceinline__ RowStats<T, R> merge_lanes(RowStats<T, R> s, int lanes) {
   T maximum = s.maximum;
-  for (int width = lanes / 2; width > 0; width /= 2) maximum = larger(maximum, __shfl_xor_sync(all, maximum, width));
+  for (int width = lanes / 2; width > 0; width /= 2) maximum = larger(maximum, shuffle_xor(maximum, width));
   s = relative_to(s, maximum);
   for (int width = lanes / 2; width > 0; width /= 2) {
-    s.rest += __shfl_xor_sync(all, s.rest, width);
+    s.rest = s.rest + shuffle_xor(s.rest, width);
     if constexpr (dense) {
-      s.q_sum += __shfl_xor_sync(all, s.q_sum, width);
-      s.q_distance += __shfl_xor_sync(all, s.q_distance, width);
+      s.q_sum += shuffle_xor(s.q_sum, width);
+      s.q_distance += shuffle_xor(s.q_distance, width);
     }
   }
   return s;
@@ -147,13 +153,14 @@ struct SoftTarget {
 
 // Takes x[0 .. count) in, the target's at x[at] where at is in the range: all of them before one exponential is spent
 // on a new maximum. The others are -inf.
-template <class O, bool dense, int n, class T, class Index>
-__device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], const T (&q)[n], Index at, int count = n) {
+template <class O, bool dense, int n, class T, class R, class Index>
+__device__ __forceinline__ void accumulate(RowStats<T, R>& s, const T (&x)[n], const T (&q)[n], Index at,
+                                           int count = n) {
   T highest = x[0];
 #pragma unroll
   for (int k = 1; k < n; ++k) highest = larger(highest, x[k]);
   if (highest > s.maximum) s = relative_to(s, highest);
-  T term[n];
+  R term[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     const T distance = s.maximum - x[k];
@@ -167,23 +174,29 @@ __device__ __forceinline__ void accumulate(RowStats<T>& s, const T (&x)[n], cons
   }
   if (at >= 0 && at < n) {
 #pragma unroll
-    for (int k = 0; k < n; ++k) term[k] = k == at ? T{0} : term[k];
+    for (int k = 0; k < n; ++k) term[k] = k == at ? R{0} : term[k];
   }
-  s.rest += pairwise_sum<n>(term);
+  s.rest = s.rest + pairwise_sum<n>(term);
 }
 
 // What every gradient of the row takes.
 template <class T>
 struct RowGradient {
-  T maximum, high, low;  // p_j (A + Q) scale = exp(x_j - maximum) (high + low)
-  T scale, at_target;  // the target's own; where there is a dense part, without -q and before the scale
+  T maximum;
+  Pair<T> softmax;  // p_j (A + Q) = exp(x_j - maximum) softmax; without a dense part times the scale, and rounded
+  T scale, at_target;  // the target's own, without -q; the same holds for its scale
   // out = the gradient of n logits, the target's at x[at].
   template <class S, bool dense, int n, class Index>
   __device__ __forceinline__ void of(const T (&x)[n], const T (&q)[n], Index at, T (&out)[n]) const {
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       const T term = exp_term<S>(x[k] - maximum);
-      out[k] = dense ? term * high + (term * low - scale * q[k]) : term * high;
+      out[k] = term * softmax.high;
+      if constexpr (dense) {
+        out[k] = fma(term, softmax.high, -q[k]);  // the large numbers' difference first: it is small, and may be exact
+        if constexpr (sizeof(S) > 2) out[k] += term * softmax.low;
+        out[k] *= scale;
+      }
     }
     if (at >= 0 && at < n) {
 #pragma unroll
@@ -195,25 +208,32 @@ struct RowGradient {
   }
 };
 
-template <bool dense, class T>
-__device__ __forceinline__ T finish_row(const SoftmaxArgs& a, RowStats<T> s, RowTarget<T> target, T scale,
-                                        RowGradient<T>* gradient) {
+// The mean's factor times the upstream gradient. Beside a dense part its own rounding is one of several.
+template <class T, bool dense>
+using Scale = std::conditional_t<dense, T, Pair<T>>;
+template <bool dense, class T, class R>
+__device__ __forceinline__ T finish_row(const SoftmaxArgs& a, RowStats<T, R> s, RowTarget<T> target,
+                                        Scale<T, dense> scale, RowGradient<T>* gradient) {
   const bool indexed = a.index != nullptr;
   const T distance = indexed ? s.maximum - target.x_y : T{0};
-  const RowSums<T> sums{distance, indexed ? exp(-distance) : T{0}, s.rest};
+  const Pair<T> rest = s.rest;
+  const RowSums<T> sums{distance, indexed ? exp(-distance) : T{0}, rest.high};
   RowLoss<T> loss{0, 0, 0};
   if (indexed)
     loss = a.gamma > 0 ? softmax_focal_row(sums, target.weight, a.gamma) : cross_entropy_row(sums, target.weight);
-  const T sum = sums.rest + sums.target_term, factor = (loss.softmax + s.q_sum) * scale;
+  const Pair<T> sum = rest + sums.target_term;
   gradient->maximum = s.maximum;
-  gradient->high = factor / sum;
-  // p - t loses digits where they are close: the quotient's rounding error goes along.
-  const T low = dense ? fma(-gradient->high, sum, factor) / sum : T{0};
-  gradient->low = low == low ? low : T{0};
-  gradient->scale = scale;
-  gradient->at_target = dense ? loss.target + s.q_sum * sums.target_term / sum : loss.target * scale;
+  if constexpr (dense) {
+    gradient->softmax = (Pair<T>(loss.softmax) + s.q_sum) / sum;
+    gradient->scale = scale;
+    gradient->at_target = loss.target + s.q_sum * sums.target_term / sum.high;
+  } else {
+    // Rounded once: where a wrong class has all of the sum, its gradient is the scale itself.
+    gradient->softmax = (scale * loss.softmax / sum).rounded();
+    gradient->at_target = loss.target * scale.rounded();
+  }
   T value = loss.value;
-  if constexpr (dense) value += s.q_distance + s.q_sum * log_sum(sums, T{});
+  if constexpr (dense) value += s.q_distance + s.q_sum * log_sum(sums, rest.low);
   return value;
 }
 
@@ -253,9 +273,13 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const SoftmaxArgs a, do
   if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
 
-template <class T>
-__device__ __forceinline__ T gradient_scale(const SoftmaxArgs& a, double denominator) {
-  return static_cast<T>(a.grad_scale / denominator);
+template <class T, bool dense>
+__device__ __forceinline__ Scale<T, dense> gradient_scale(const SoftmaxArgs& a, double denominator) {
+  const Pair<T> scale = Pair<T>::of(a.grad_scale / denominator);
+  if constexpr (dense)
+    return scale.high;
+  else
+    return scale;
 }
 template <class O>
 __device__ __forceinline__ typename ComputeOf<O>::T upstream_of(const SoftmaxArgs& a, const SoftmaxBuffers& b,
@@ -276,11 +300,12 @@ template <class S, class O, bool dense, int items>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
     softmax_lanes_kernel(const SoftmaxArgs a, const SoftmaxBuffers b, int planned_lanes) {
   using T = typename ComputeOf<S>::T;
+  using Stats = RowStatsOf<O, dense, T>;
   // With more than 4 classes a lane the plan takes a whole warp. As a constant, it is part of the instructions: the
   // places of a lane's classes take no registers.
   const int lanes = items > 4 ? kWarp : planned_lanes;
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+  const Scale<T, dense> mean_scale = gradient_scale<T, dense>(a, denominator_of(a, b, scratch));
   const DenseWeights<T> weights(a);
   const int lane = threadIdx.x % lanes, classes = static_cast<int>(a.classes);
   const int64_t rows = kThreads / lanes, step = rows * gridDim.x;
@@ -310,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 2)
       }
     }
     __syncwarp();  // in place: every lane has read the target's logit
-    RowStats<T> s = no_stats<T>();
+    Stats s = no_stats<Stats>();
     if (target.live) accumulate<O, dense>(s, x, q, at, count);
     s = merge_lanes<dense>(s, lanes);
     if (!inside) continue;
@@ -351,26 +376,27 @@ struct Slice {
 };
 
 // Shared memory: scratch (a double and a RowStats a warp, one RowStats for the cluster), then the staged packs.
-constexpr size_t kScratch = kThreads / kWarp * (sizeof(double) + 4 * sizeof(double)) + 4 * sizeof(double);
+constexpr size_t kScratch = kThreads / kWarp * (sizeof(double) + 6 * sizeof(double)) + 6 * sizeof(double);
 
 template <class S, class O, bool dense, bool staged>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     softmax_block_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
   using T = typename ComputeOf<S>::T;
+  using Stats = RowStatsOf<O, dense, T>;
   using Index = std::conditional_t<staged, int, int64_t>;  // what shared memory holds is counted in an int
   constexpr int n = Pack<S>::size;
   constexpr unsigned warps = kThreads / kWarp;
   constexpr int ahead_count = kPacksAhead<dense, !std::is_same_v<S, O>>;
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  RowStats<T>* warp_stats = reinterpret_cast<RowStats<T>*>(scratch + warps);
-  RowStats<T>* block_stats = warp_stats + warps;
+  Stats* warp_stats = reinterpret_cast<Stats*>(scratch + warps);
+  Stats* block_stats = warp_stats + warps;
   S* stage = reinterpret_cast<S*>(shared_memory() + kScratch);
 
   const DenseWeights<T> weights(a);
   const unsigned blocks = cluster_size(), rank = cluster_rank();
   const Index thread = static_cast<Index>(threadIdx.x);
   const int64_t first = blockIdx.x / blocks;
-  T mean_scale = 0;
+  Scale<T, dense> mean_scale{};
   Sum<T> sum;
   for (int64_t p = first; p < a.positions; p += gridDim.x / blocks) {
     const S* row = static_cast<const S*>(a.logits) + offset_of(a, a.logits_stride, p);
@@ -386,7 +412,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     if (staged && target.live)
       for (Index k = thread; k < packs; k += kThreads) copy_16_bytes(stage + k * n, x + head + k * n);
     // While the first row is on its way.
-    if (p == first) mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+    if (p == first) mean_scale = gradient_scale<T, dense>(a, denominator_of(a, b, scratch));
 
     const auto q_of = [&](Index i) -> T {
       if constexpr (!dense) return 0;
@@ -413,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
       }
     };
 
-    RowStats<T> s = no_stats<T>();
+    Stats s = no_stats<Stats>();
     if (target.live) {
       wait_for_copies();
       for_slice(
@@ -497,8 +523,9 @@ template <class S, class O, bool dense>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
     softmax_columns_kernel(const SoftmaxArgs a, const SoftmaxBuffers b) {
   using T = typename ComputeOf<S>::T;
+  using Stats = RowStatsOf<O, dense, T>;
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  const T mean_scale = gradient_scale<T>(a, denominator_of(a, b, scratch));
+  const Scale<T, dense> mean_scale = gradient_scale<T, dense>(a, denominator_of(a, b, scratch));
   const DenseWeights<T> weights(a);
   Sum<T> sum;
   const int64_t step = int64_t{gridDim.x} * kThreads;
@@ -525,9 +552,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 1 : 3)
     RowGradient<T> gradient{};
     T value = 0, wide[kChunk], q[kChunk];
     if (target.live) {
-      RowStats<T> s = no_stats<T>();
+      Stats s = no_stats<Stats>();
       for (int64_t first = 0; first < a.classes; first += kRun) {  // short runs: a long sum loses digits
-        RowStats<T> run = no_stats<T>();
+        Stats run = no_stats<Stats>();
         for (int64_t j = first; j < first + kRun && j < a.classes; j += kChunk) {
           const int count = load(j, wide, q);
           accumulate<O, dense>(run, wide, q, y - j, count);

@@ -105,6 +105,13 @@ inline float approximate_square_root(float x) {
   return off(0x1p-23 * root, root, x);
 }
 
+template <class T>
+T rounded_product(T a, T b) {
+  T product = a * b;
+  asm("" : "+m"(product));  // the compiler does not see what it is, and fuses nothing
+  return product;
+}
+
 inline void store_16_bytes(void* global, uint4 words) { *reinterpret_cast<uint4*>(global) = words; }
 // The bytes arrive at the wait and not before.
 inline void copy_16_bytes(void* shared, const void* global) { simt::copy(shared, global); }
