@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from . import _compile
+from ._checks import saves_as_is
 from ._ops import LossOps, by_number, native_autograd, scale_
 
 Tensors = tuple[Tensor | None, ...]
@@ -41,6 +42,7 @@ class Stored(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.loss, input, tensors, ctx.options, made = inputs
+        ctx.own = saves_as_is()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(made.pop(), input, *tensors)
 
@@ -51,10 +53,10 @@ class Stored(Function):
         gradient, *args = ctx.saved_tensors
         if _recording():
             gradient = _differentiable(ctx.loss, upstream, args, ctx.options)
-        elif _keep_graph() or _is_batched(upstream):  # it serves again, or for several upstream gradients
-            gradient = gradient * upstream
+        elif ctx.own and not _keep_graph():  # else it serves again, or is somebody else's
+            gradient = _scale(gradient, upstream)
         else:
-            _scale(gradient, upstream)
+            gradient = gradient * upstream
         return None, gradient, None, None, None
 
 
@@ -76,6 +78,7 @@ class Overwritten(Function):
             ctx.mark_dirty(input)
         else:
             increment_version(input)
+        ctx.own = saves_as_is()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input)
 
@@ -90,7 +93,9 @@ class Overwritten(Function):
             return None, None, None, None
         _refuse_second_derivative()
         gradient = ctx.saved_tensors[0].detach()
-        _scale(gradient, upstream)
+        if not ctx.own:
+            return None, gradient * upstream, None, None
+        gradient = _scale(gradient, upstream)
         increment_version(gradient)
         return None, gradient, None, None
 
@@ -102,7 +107,8 @@ class Recomputed(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.loss, ctx.inplace, input, tensors, ctx.options = inputs
+        ctx.loss, inplace, input, tensors, ctx.options = inputs
+        ctx.inplace = inplace and saves_as_is()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, *tensors)
 
@@ -123,17 +129,25 @@ class Recomputed(Function):
         return None, None, gradient, None, None
 
 
-def _is_batched(upstream: Tensor) -> bool:
-    """Whether it stands for several: vmap over a backward pass, and `is_grads_batched`, which has a vmap of its own."""
+def _is_several(upstream: Tensor) -> bool:
+    """Whether it stands for more than one number: in vmap over a backward pass, in `is_grads_batched`, which has a
+    vmap of its own, or as a subclass that calls each op once for every tensor in it."""
     functorch = torch._C._functorch
-    return functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+    return (
+        type(upstream) is not Tensor
+        or functorch.is_batchedtensor(upstream)
+        or functorch.is_legacy_batchedtensor(upstream)
+    )
 
 
-def _scale(gradient: Tensor, upstream: Tensor) -> None:
-    """gradient *= upstream."""
+def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream, in the gradient's memory where that is possible."""
+    if _is_several(upstream):
+        return gradient * upstream
     # A number in the host's memory is read at once; on a GPU only the kernel may look at it, and in a trace nobody.
     if not upstream.is_cpu or _dispatch_modes() or upstream.item() != 1:
         scale_(gradient, upstream)
+    return gradient
 
 
 def _differentiable(
@@ -179,8 +193,7 @@ def evaluate_eagerly(
     """`evaluate`, for a call that is `plain` (_checks.py)."""
     if not (input.requires_grad and _recording()):
         return loss.forward(input, *tensors, *options)
-    if inplace:
-        _require_writable(input)
+    inplace = inplace and _is_overwritable(input, tensors)
     result: Any
     if native_autograd is not None and loss.number is not None and not inplace:
         compiled = native_autograd.stored if stored else native_autograd.recomputed
@@ -215,9 +228,13 @@ def _can_be_marked(input: Tensor) -> bool:
     return input._base is None and not input.retains_grad
 
 
-def _require_writable(input: Tensor) -> None:
-    """Lets torch's own in-place operation object, before anything is written."""
+def _is_overwritable(input: Tensor, tensors: Tensors) -> bool:
+    """Whether the input's memory is its own. Where it may not be written to, torch's own in-place operation objects,
+    before anything is."""
     base = input if input._base is None else input._base
     overlaps = any(stride == 0 and size > 1 for stride, size in zip(input.stride(), input.shape, strict=True))
     if overlaps or (base.is_leaf and base.requires_grad):
         input.mul_(1)
+    memory = input.untyped_storage().data_ptr()
+    shared = any(tensor is not None and tensor.untyped_storage().data_ptr() == memory for tensor in tensors)
+    return not shared and not input.is_neg()  # an op gets a copy of what is only marked as negated

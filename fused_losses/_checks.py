@@ -35,10 +35,21 @@ _logger = logging.getLogger("fused_losses")
 _logged: set[str] = set()
 
 _autocasting = torch._C._is_any_autocast_enabled
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _transforming = torch._C._are_functorch_transforms_active
 _compiling = torch.compiler.is_compiling
 _dynamo_compiling = torch.compiler.is_dynamo_compiling  # it alone gets as far as asking with a plain Tensor
 _tracing = torch._C._is_tracing
+
+
+def pass_on(error: Exception) -> None:
+    """Raises an error that comes from a frame of somebody else's, a hook on saved tensors or a mode: only the op's own
+    are looked into."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith(__package__):
+        raise error
 
 
 def reduction_name(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -63,13 +74,16 @@ def require_tensors(function: str, **arguments: Any) -> None:
 
 
 def autocast_ops(loss: LossOps, input: Tensor, target: Tensor, *weights: Tensor | None) -> LossOps | None:
-    """The ops that can be asked straight away under autocast: those with a float32 loss, for fp16 and bf16."""
-    if not isinstance(input, Tensor) or input.dtype not in HALVES or _compiling():
+    """The ops that can be asked straight away under autocast: for fp16 and bf16 those with a float32 loss; autocast
+    has nothing to do for wider logits."""
+    if not isinstance(input, Tensor) or _compiling():
         return None
     device = "cpu" if input.is_cpu else "cuda"
     if not (input.is_cpu or (CUDA and input.is_cuda)) or not torch.is_autocast_enabled(device):
         return None
     with torch.autocast(device, enabled=False):
+        if input.dtype not in HALVES:
+            return loss if plain(input, target, *weights) else None
         return loss.widened if plain(input, target) and _constant(*weights) else None
 
 
@@ -110,6 +124,12 @@ def plain(
     )
 
 
+def saves_as_is() -> bool:
+    """Whether what is saved for backward comes back as what it was. With hooks on saved tensors it may be anything of
+    theirs: of other strides, in memory that is read-only or holds other things as well."""
+    return _saving_hooks(False) is None  # type: ignore[redundant-expr]
+
+
 def _plain_weight(weight: Tensor, input: Tensor) -> bool:
     return type(weight) in _TENSOR_TYPES and not weight.requires_grad and weight.dtype == input.dtype
 
@@ -122,10 +142,8 @@ def reachable(input: Tensor, *others: Tensor | None, ops: LossOps | None = None)
         or input.dtype not in DTYPES
         or input.layout is not torch.strided
         or input.dim() > _MAX_DIMS
-        or (
-            torch.is_autocast_enabled("cpu" if input.is_cpu else "cuda")
-            and not (ops is not None and ops.wide)
-        )
+        or (input.dtype in HALVES and not (ops is not None and ops.wide) and autocasts(input))
+        or torch.compiler.is_exporting()
         or _transforming()
         or forward_ad._current_level >= 0
         or (not _compiling() and _tracing())
@@ -160,8 +178,10 @@ def _why_unreachable(input: Tensor, others: Sequence[Tensor | None]) -> str:
         return f"input has layout {input.layout}"
     if input.dim() > _MAX_DIMS:
         return f"input has more than {_MAX_DIMS} dimensions"
-    if torch.is_autocast_enabled(input.device.type):
+    if input.dtype in HALVES and autocasts(input):
         return "autocast is enabled"
+    if torch.compiler.is_exporting():
+        return "torch.export is recording"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if torch.autograd.forward_ad._current_level >= 0:

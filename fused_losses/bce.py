@@ -122,8 +122,8 @@ def binary_cross_entropy_with_logits(
             return evaluate_eagerly(
                 ops, inplace_backward, stored, input, (target, weight, pos_weight), options
             )
-        except _checks.OBJECTIONS:
-            pass  # the checks below say why, or it happens again
+        except _checks.OBJECTIONS as error:
+            _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy_with_logits", input=input, target=target)
     code = _checks.reduction_code(reduction)
@@ -180,7 +180,7 @@ def binary_cross_entropy(
     """
     plain = _checks.plain(input, target, weight)
     ops = _OPS if plain else None
-    if not plain and isinstance(input, Tensor) and input.is_cpu:  # on CUDA torch refuses it under autocast
+    if not plain and isinstance(input, Tensor) and input.is_cpu:
         ops = _checks.autocast_ops(_OPS, input, target, weight)
     if ops is not None and size_average is None and reduce is None:
         try:
@@ -188,17 +188,16 @@ def binary_cross_entropy(
             stored = code != _checks.NONE and input.dtype is not torch.float16
             options = (*_NOT_FOCAL, code)
             return evaluate_eagerly(ops, False, stored, input, (target, weight, None), options)
-        except _checks.OBJECTIONS:
-            pass  # the checks below say why, or it happens again
+        except _checks.OBJECTIONS as error:
+            _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("binary_cross_entropy", input=input, target=target)
     code = _checks.reduction_code(reduction)
     function = _torch.binary_cross_entropy
     torch_args = (input, target, weight, None, None, reduction)
     ops = _checks.traced_ops(_OPS, input)
-    if ops.wide and not input.is_cpu:
-        ops = _OPS
-    if not _checks.reachable(input, target, weight, ops=ops):
+    served = _checks.reachable(input, target, weight, ops=ops)
+    if not served or (_checks.autocasts(input) and not input.is_cpu):  # which torch refuses on CUDA
         return _checks.fall_back(function, torch_args, input, weight=weight)
     problem = _checks.elementwise_problem(input, target=target, weight=weight)
     if problem is not None:

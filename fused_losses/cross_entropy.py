@@ -75,8 +75,8 @@ def cross_entropy(
             tensors = (target, weight if weight is None else _checks.compute_weight(weight, input))
             options = (code, ignore_index, label_smoothing)
             return evaluate_eagerly(ops, inplace_backward, stored, input, tensors, options)
-        except _checks.OBJECTIONS:
-            pass  # the checks below say why, or it happens again
+        except _checks.OBJECTIONS as error:
+            _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     reduction = _checks.reduction_name(size_average, reduce, reduction)
     _checks.require_tensors("cross_entropy", input=input, target=target)
     code = _checks.reduction_code(reduction)

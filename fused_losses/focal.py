@@ -150,8 +150,8 @@ def _sigmoid_focal(
             stored = code != _checks.NONE and inputs.dtype is not torch.float16
             tensors, focus = (targets, weight, pos_weight), (alpha_positive, alpha_negative, gamma, code)
             return evaluate_eagerly(ops, inplace_backward, stored, inputs, tensors, focus)
-        except _checks.OBJECTIONS:
-            pass  # the checks below say why, or it happens again
+        except _checks.OBJECTIONS as error:
+            _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     _checks.require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
     code = _checks.reduction_code(reduction)
     _require_gamma(gamma)
@@ -224,8 +224,8 @@ def softmax_focal_loss(
             stored = code != _checks.NONE and input.dtype is not torch.float16
             tensors, options = (target, _per_class(alpha, input)), (code, ignore_index, gamma)
             return evaluate_eagerly(ops, inplace_backward, stored, input, tensors, options)
-        except _checks.OBJECTIONS:
-            pass  # the checks below say why, or it happens again
+        except _checks.OBJECTIONS as error:
+            _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
     code = _checks.reduction_code(reduction)
     _require_gamma(gamma)

@@ -69,7 +69,7 @@ def binary_cross_entropy_with_logits(
     loss = _logistic_loss(_wide(input), _wide(target), pos_weight)
     if weight is not None:
         loss = loss * weight
-    return reduce(loss, reduction).to(torch.result_type(input, target))
+    return reduce(loss, reduction).to(torch.promote_types(input.dtype, target.dtype))
 
 
 def binary_cross_entropy(input: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -109,7 +109,7 @@ def sigmoid_focal_loss(
     loss = focal_elements(x, t, pos_weight, alpha_positive, alpha_negative, gamma, False)
     if weight is not None:
         loss = loss * weight
-    return reduce(loss, reduction).to(torch.result_type(input, target))
+    return reduce(loss, reduction).to(torch.promote_types(input.dtype, target.dtype))
 
 
 def softmax_focal_loss(
@@ -243,7 +243,7 @@ def anchors(
         loss = loss.sum() / (kept.sum() * input.shape[class_dim])
     else:
         loss = _mean_by(loss, reduction, avg_factor, divisor)
-    return loss.to(input.dtype if kept is not None else torch.result_type(input, target))
+    return loss.to(input.dtype if kept is not None else torch.promote_types(input.dtype, target.dtype))
 
 
 def bce_elements(

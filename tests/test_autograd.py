@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -469,17 +470,127 @@ def test_make_fx(case: Case, reduction: str) -> None:
     assert_close(make_fx(gradient)(leaf)(leaf), gradient(leaf))
 
 
-def test_in_place_on_a_view() -> None:
+@every_in_place_case
+@every_reduction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_in_place_on_a_view(case: Case, reduction: str, dtype: torch.dtype, factor: float) -> None:
     """A slice of the network's output, as detection heads have it: the rest of the tensor stays as it is."""
-    weights = torch.randn(4, 85, dtype=torch.float64, requires_grad=True)
-    target = torch.rand(4, 80, dtype=torch.float64)
+    data, options = case.make(dtype)
+    weights = torch.cat([data, data], data.dim() - 1).requires_grad_()
     results = []
-    for keyword in ({}, {"inplace_backward": True}):
+    for inplace in (False, True):
         output = weights * 2
-        loss = F.binary_cross_entropy_with_logits(output[:, 5:], target, **keyword)
+        logits = output[..., data.shape[-1] :]
+        loss = case.ours(logits, **options, reduction=reduction, inplace_backward=inplace).sum() * factor
         results.append(torch.autograd.grad(loss, weights)[0])
-        assert torch.equal(output[:, :5].detach(), 2 * weights[:, :5].detach())
+        rest = slice(0, data.shape[-1])
+        assert torch.equal(output[..., rest].detach(), 2 * weights[..., rest].detach())
     assert_close(*results)
+
+
+@every_in_place_case
+@every_reduction
+def test_in_place_on_logits_marked_as_negated(case: Case, reduction: str) -> None:
+    data, options = case.make(torch.float32)
+    results = []
+    for inplace in (False, True):
+        leaf = data.clone().requires_grad_()
+        logits = torch.complex(torch.zeros_like(leaf), -leaf).conj().imag
+        assert logits.is_neg()
+        loss = case.ours(logits, **options, reduction=reduction, inplace_backward=inplace)
+        results.append(torch.autograd.grad(loss.sum() * 3, leaf)[0])
+    assert_close(*results)
+
+
+@every_reduction
+def test_in_place_beside_a_target_in_the_same_memory(reduction: str) -> None:
+    leaf = torch.randn(20, 7).requires_grad_()
+    results = []
+    for inplace in (False, True):
+        values = leaf.sigmoid() * 1
+        loss = F.binary_cross_entropy_with_logits(
+            values[1:], values.detach()[:-1], reduction=reduction, inplace_backward=inplace
+        )
+        results.append((loss.detach(), torch.autograd.grad(loss.sum() * 3, leaf)[0]))
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+def pooled(tensor: Tensor) -> Tensor:
+    """In rows of a larger pool, as an offload has it."""
+    pool = torch.full((tensor.shape[0], 2 * tensor[0].numel() + 1), 7, dtype=tensor.dtype)
+    view = pool[:, : tensor[0].numel()]
+    return view.copy_(tensor.flatten(1)).view(tensor.shape)
+
+
+@every_case
+@every_reduction
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("keep", [pooled, Tensor.clone])
+def test_hooks_on_saved_tensors(
+    case: Case, reduction: str, inplace: bool, keep: Callable[[Tensor], Tensor]
+) -> None:
+    """What a hook gives back is its own: of any strides, with other things around it, and to be left as it is."""
+    if inplace and not case.in_place:
+        pytest.skip("it has no inplace_backward")
+    data, options = case.make(torch.float32)
+    expected = data.clone().requires_grad_()
+    (case.theirs(expected, **options, reduction=reduction).sum() * 3).backward()
+    store: list[tuple[Tensor, Tensor]] = []
+
+    def pack(tensor: Tensor) -> int:
+        kept = keep(tensor.detach()) if tensor.dim() > 1 else tensor.detach().clone()
+        whole = kept if kept._base is None else kept._base
+        store.append((kept, whole.clone()))
+        return len(store) - 1
+
+    leaf = data.clone().requires_grad_()
+    logits = leaf * 1
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda place: store[place][0]):
+        keywords = {"inplace_backward": True} if inplace else {}
+        loss = case.ours(logits, **options, reduction=reduction, **keywords)
+    assert store
+    (loss.sum() * 3).backward()
+    assert leaf.grad is not None
+    assert_close(leaf.grad, expected.grad)
+    for kept, before in store:
+        assert torch.equal(kept if kept._base is None else kept._base, before)
+
+
+@every_in_place_case
+def test_an_error_of_a_hook_is_no_objection(case: Case) -> None:
+    data, options = case.make(torch.float32)
+    calls: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        calls.append(1)
+        raise RuntimeError("disk full")
+
+    for inplace in (False, True):
+        logits = data.clone().requires_grad_() * 1
+        calls.clear()
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with hooks, pytest.raises(RuntimeError, match="disk full"):
+            case.ours(logits, **options, inplace_backward=inplace)
+        assert len(calls) == 1
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_upstream_gradient_of_several_tensors(case: Case, reduction: str) -> None:
+    """A subclass that runs each op once for every tensor in it."""
+    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    data, options = case.make(torch.float64)
+    leaf = data.clone().requires_grad_()
+    loss = case.ours(leaf, **options, reduction=reduction)
+    factors, ones = (
+        two(torch.full_like(loss, a), torch.full_like(loss, b)) for a, b in ((2.0, 3.0), (1.0, 1.0))
+    )
+    gradient = torch.autograd.grad(loss * factors, leaf, ones)[0]
+    once = gradient_of(case.ours(leaf, **options, reduction=reduction), leaf, torch.ones_like(loss))
+    assert_close(gradient.a, 2 * once)
+    assert_close(gradient.b, 3 * once)
 
 
 @every_case

@@ -352,6 +352,13 @@ def test_export(strict: bool) -> None:
     program = torch.export.export(network, (x, index), dynamic_shapes=shapes, strict=strict)
     x, index = torch.randn(11, 7), torch.randint(5, (11,))
     torch.testing.assert_close(program.module()(x, index), network(x, index))
+    assert "fused_losses" not in str(program.graph)  # it runs where the package is not
+    gradients = []
+    for module in (program.module(), network):
+        module.zero_grad()
+        module(x, index).backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @every_case

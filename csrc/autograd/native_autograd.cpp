@@ -2,6 +2,7 @@
 // recorded and run without Python: around a small loss, a Function of Python takes longer than the loss.
 //
 // PyTorch's autograd has no stable ABI: this part alone is compiled for one release, and loaded beside no other.
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
@@ -84,6 +85,9 @@ static void save(AutogradContext* ctx, const Call& call, std::initializer_list<T
   ctx->save_for_backward(std::move(saved));
   ctx->set_materialize_grads(false);
   ctx->saved_data.emplace("options", call.options);
+  // With hooks on saved tensors, what comes back may be anything of theirs: of other strides, in memory that is
+  // read-only or holds other things as well.
+  if (at::SavedTensorDefaultHooks::get_hooks()) ctx->saved_data.emplace("hooked", true);
 }
 
 static pybind11::object python(const Tensor& tensor) {
@@ -114,18 +118,22 @@ static Tensor differentiable(const AutogradContext* ctx, const Tensor& upstream,
   }
 }
 
-// It stands for several: vmap over a backward pass, and `is_grads_batched`, which has a vmap of its own.
-static bool is_batched(const Tensor& upstream) {
+// It stands for more than one number: in vmap over a backward pass, in `is_grads_batched`, which has a vmap of its own,
+// or as a subclass that calls each op once for every tensor in it.
+static bool is_several(const Tensor& upstream) {
   const c10::DispatchKeySet keys = upstream.key_set();
-  return keys.has(c10::DispatchKey::FuncTorchBatched) || keys.has(c10::DispatchKey::Batched);
+  return keys.has(c10::DispatchKey::FuncTorchBatched) || keys.has(c10::DispatchKey::Batched) ||
+         keys.has(c10::DispatchKey::Python);
 }
 
-// gradient *= upstream
-static void scale(const Tensor& gradient, const Tensor& upstream) {
+// gradient * upstream, in the gradient's memory where that is possible.
+static Tensor scale(const Tensor& gradient, const Tensor& upstream) {
+  if (is_several(upstream)) return gradient.mul(upstream);
   static const auto op = find("scale_").typed<void(const Tensor&, const Tensor&)>();
   // A number in the host's memory is read at once; on a GPU only the kernel may look at it, and in a trace nobody.
   if (!upstream.is_cpu() || c10::impl::TorchDispatchModeTLS::any_modes_set() || upstream.item<double>() != 1)
     op.call(gradient, upstream);
+  return gradient;
 }
 
 }  // namespace fused_losses
@@ -146,10 +154,10 @@ struct StoredBackward : torch::autograd::Function<StoredBackward> {
     Tensor gradient = saved[0];
     if (at::GradMode::is_enabled())
       gradient = differentiable(ctx, upstream[0], at::ArrayRef<Tensor>(saved).slice(1));
-    else if (torch::autograd::get_current_graph_task_keep_graph() || is_batched(upstream[0]))
-      gradient = gradient.mul(upstream[0]);  // it serves again, or for several upstream gradients
+    else if (ctx->saved_data.count("hooked") || torch::autograd::get_current_graph_task_keep_graph())
+      gradient = gradient.mul(upstream[0]);  // it is somebody else's, or serves again
     else
-      scale(gradient, upstream[0]);
+      gradient = scale(gradient, upstream[0]);
     return {gradient, Tensor()};
   }
 };

@@ -5,7 +5,7 @@
 namespace fused_losses {
 namespace {
 
-// gradient [*], dense; upstream: one element of its dtype, or float32 beside a narrower one, on its device
+// gradient [*]; upstream: one element of its dtype, or float32 beside a narrower one, on its device
 void scale_(Tensor gradient, Tensor upstream) {
   same_device(upstream, gradient, "upstream");
   const DType dtype = dtype_of(gradient, "gradient"), given = dtype_of(upstream, "upstream");
@@ -14,6 +14,7 @@ void scale_(Tensor gradient, Tensor upstream) {
                   "upstream must be one element of the gradient's dtype, or float32 beside a narrower one");
   const OnDevice device(gradient);
   if (gradient.numel() == 0) return;
+  if (!is_dense(gradient)) return multiply_(gradient, upstream);  // in place of logits that are a view
   check(cuda::scale(gradient.data_ptr(), dtype, gradient.numel(), upstream.data_ptr(), given, device.stream()),
         "scale_");
 }

@@ -4,6 +4,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "torch/kept_memory.h"
 
@@ -114,6 +116,27 @@ double read_scalar(const Tensor& tensor) {
     case DType::f32: break;
   }
   return *static_cast<const float*>(data);
+}
+
+bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
+  const Sizes sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) dims.emplace_back(strides[d], sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+void multiply_(const Tensor& tensor, const Tensor& factor) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(factor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // gives the result's handle back
 }
 
 }  // namespace fused_losses

@@ -32,6 +32,9 @@ Tensor empty_compute(Sizes sizes, const Tensor& like);
 
 double read_scalar(const Tensor& tensor);  // a tensor of one element, on the CPU
 
+bool is_dense(const Tensor& tensor);  // each element in a place of its own, and none between them, in any order
+void multiply_(const Tensor& tensor, const Tensor& factor);  // torch's own, for any strides
+
 // f(begin, end) over fixed chunks of [0, count), summed in their order: the result depends neither on the number of
 // threads nor on chance.
 template <class F>

@@ -5,10 +5,11 @@
 namespace fused_losses {
 namespace {
 
-// gradient [*], dense; upstream: one element
+// gradient [*]; upstream: one element
 void scale_(Tensor gradient, Tensor upstream) {
   const double factor = read_scalar(upstream);
   if (factor == 1) return;
+  if (!is_dense(gradient)) return multiply_(gradient, upstream);  // in place of logits that are a view
   const DType dtype = dtype_of(gradient, "gradient");
   const int64_t size = static_cast<int64_t>(gradient.element_size());
   char* data = static_cast<char*>(gradient.data_ptr());

@@ -79,8 +79,8 @@ def distribution_focal_loss(
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             return evaluate_eagerly(_OPS, inplace_backward, stored, input, (target, None, None), (0.0, code))
-        except _checks.OBJECTIONS:
-            pass  # the checks below say why, or it happens again
+        except _checks.OBJECTIONS as error:
+            _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
     if not _checks.autocasts(input):
         return _evaluate(_OPS, input, target, weight, reduction, avg_factor, inplace_backward)
