@@ -15,7 +15,7 @@ EDITABLE := $(VENV)/.editable
 endif
 
 # With the package of this tree, whatever else is installed.
-RUN := PYTHONPATH=$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH} $(PY)
+RUN := PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PY)
 
 .PHONY: test compare bench results build wheel lint format clean gpu cuda-report mutants
 

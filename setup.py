@@ -49,7 +49,7 @@ def say(line: str) -> None:
 
 
 def switched_on(variable: str) -> bool:
-    return os.environ.get(variable, "") not in ("", "0")
+    return os.environ.get(variable, "").lower() not in ("", "0", "false", "no", "off")
 
 
 def output_of(*command: str) -> str:

@@ -255,7 +255,7 @@ class Case:
         options: dict[str, Any] = {}
         chosen = "fp32"
         for item in filter(None, rest.split(",")):
-            key, _, text = item.partition("=")
+            key, _, text = item.strip().partition("=")
             if key not in {*known, *loss.options, "dtype"}:
                 raise CaseError(
                     f"case {spec!r}: {name} has no {key!r}; it has {', '.join([*known, 'dtype', *loss.options])}"

@@ -44,6 +44,8 @@ from measure import (
 )
 from report import geometric_means, print_diff, print_report
 
+INTERRUPTED = 130  # the exit status, as a shell has it
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -91,9 +93,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    options.baselines = list(dict.fromkeys(filter(None, options.baselines.split(","))))
+    options.baselines = list(dict.fromkeys(filter(None, map(str.strip, options.baselines.split(",")))))
     if unknown := [name for name in options.baselines if name not in BASELINES]:
         parser.error(f"--baselines: no {unknown[0]!r}; there are {', '.join(BASELINES)}")
+    if options.suite and options.case and not options.sweep:
+        parser.error("--case takes the place of a suite: leave out --suite")
     try:
         _choose_cases(options)
     except CaseError as error:
@@ -115,6 +119,8 @@ def _choose_cases(options: argparse.Namespace) -> None:
         base = cases or [Case.parse(default, options.dtype)]
         if len(base) > 1:
             raise CaseError(f"--sweep {sweep}: one --case, not {len(base)}")
+        if dim not in base[0].dims:
+            raise CaseError(f"--sweep {sweep}: {base[0].spec} has no {dim}")
         chosen = sorted({*sizes[::2], sizes[-1]}) if options.quick else sizes
         options.sweeps[sweep] = [base[0].sized(**{dim: size}) for size in chosen]
 
@@ -248,34 +254,53 @@ class Comparison:
 
 def main() -> None:
     options = parse()
-    # Three baselines fit into 100 columns.
-    console = (
-        Console() if sys.stdout.isatty() else Console(width=100 + 8 * max(0, len(options.baselines) - 3))
-    )
+    console = Console()
+    # Three baselines fit into 100 columns. A narrower terminal breaks lines, which loses no digits.
+    needed = 100 + 8 * max(0, len(options.baselines) - 3)
+    console.width = max(console.width, needed) if sys.stdout.isatty() else needed
     if options.diff:
         print_diff(console, *options.diff)
         return
     if options.threads:
         torch.set_num_threads(options.threads)
-    for path in (options.plot, options.json and options.json.parent):
-        if path:
-            path.mkdir(parents=True, exist_ok=True)
+        if options.threads > (os.cpu_count() or 1):
+            print(f"--threads {options.threads}: this machine has {os.cpu_count()} cores", file=sys.stderr)
+    _require_writable(options)
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     # torch.compile's own cache would hide how long it takes to compile.
     with progress, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as fresh:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = fresh
         report = Comparison(options).run(progress)
-    print_report(console, report)
-    if options.json:
+    written = []
+    if options.json:  # before anything is printed: to a pipe that may be closed
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-        console.print(f"wrote {options.json}")
+        written.append(options.json)
     if options.plot:
         from pictures import draw  # matplotlib takes a second
 
-        for path in draw(report, options.plot):
-            console.print(f"wrote {path}")
+        written += draw(report, options.plot)
+    print_report(console, report)
+    for path in written:
+        console.print(f"wrote {path}")
+    if "the rest" in (entry["name"] for entry in report["left_out"]):
+        sys.exit(INTERRUPTED)
+
+
+def _require_writable(options: argparse.Namespace) -> None:
+    """Ends now what could not be written in the end."""
+    try:
+        if options.plot:
+            options.plot.mkdir(parents=True, exist_ok=True)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.open("a").close()
+    except OSError as error:
+        sys.exit(f"compare.py: {error.filename} cannot be written to: {error.strerror}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

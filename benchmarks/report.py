@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,13 @@ def _title(case: dict[str, Any]) -> Text:
 
 def _baselines(report: dict[str, Any]) -> list[str]:
     """Those that ran somewhere, in the order they were asked for."""
-    points = [*report["cases"], *(point for sweep in report["sweeps"].values() for point in sweep["points"])]
+    points = _points(report)
     return [name for name in report["baselines"] if any(name in case["implementations"] for case in points)]
+
+
+def _points(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every case, those of sweeps included."""
+    return [*report["cases"], *(point for sweep in report["sweeps"].values() for point in sweep["points"])]
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
@@ -213,7 +219,7 @@ ENVIRONMENT = (
 
 def print_diff(console: Console, a_path: Path, b_path: Path) -> None:
     """Forward + backward of what two reports have in common, and what changed by more than both spreads."""
-    a, b = (json.loads(path.read_text()) for path in (a_path, b_path))
+    a, b = (_read(path) for path in (a_path, b_path))
     for letter, path, report in (("A", a_path, a), ("B", b_path, b)):
         environment = report["environment"]
         console.print(f"{letter}: {path}, {environment['date']}", style="bold", highlight=False)
@@ -227,10 +233,10 @@ def print_diff(console: Console, a_path: Path, b_path: Path) -> None:
     console.print(f"   CPU time taken by others: {taken[0]:.0%} -> {taken[1]:.0%}", highlight=False)
 
     ratios: dict[str, list[float]] = {}
-    others = {case["case"]: case for case in b["cases"]}
+    others = {case["case"]: case for case in _points(b)}
     columns = {"": 12, "A": 9, "± A": 5, "B": 9, "± B": 5, "B is": 13}
     shown = False
-    for case in a["cases"]:
+    for case in {case["case"]: case for case in _points(a)}.values():
         other = others.pop(case["case"], None)
         if other is None:
             console.print(f"only in A: {case['label']}", style="yellow", highlight=False)
@@ -259,6 +265,18 @@ def print_diff(console: Console, a_path: Path, b_path: Path) -> None:
         mean = math.exp(sum(map(math.log, found)) / len(found))
         console.print(f"geometric mean of {len(found)}: {name} {mean:.2f} times as fast in B", style="bold")
     console.print("faster and slower: the quartiles of A and B do not overlap", style="dim")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+        if report["environment"]["date"] and _points(report) is not None:
+            return report
+    except OSError as error:
+        sys.exit(f"compare.py: {path} cannot be read: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        pass
+    sys.exit(f"compare.py: {path} is no file of --json")
 
 
 def _verdict(before: dict[str, float], after: dict[str, float]) -> tuple[str, str]:

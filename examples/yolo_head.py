@@ -482,10 +482,11 @@ def main(arguments: list[str] | None = None) -> None:
     for kind, run in runs.items():
         found = detect(run.model, images)
         at_half, mean = mean_average_precision(found, test)
-        # The first step loads code and starts threads, and a busy machine interrupts others: hence the median.
+        # The first step loads code and starts threads, and a busy machine interrupts others: hence the median. The
+        # step whose memory is measured is not timed, and may be the only one.
         print(
             f"{kind:5}  mAP@0.5 {at_half:.3f}, mAP@0.5:0.95 {mean:.3f}, last loss {smooth(run.losses)[-1]:.4f}, "
-            f"criterion {1e3 * statistics.median(run.seconds):.2f} ms and {run.peak / 2**20:.2f} MB a step"
+            f"criterion {1e3 * statistics.median(run.seconds or [math.nan]):.2f} ms and {run.peak / 2**20:.2f} MB a step"
         )
     if len(runs) == 2:
         difference = np.abs(np.subtract(runs["fused"].losses, runs["torch"].losses))

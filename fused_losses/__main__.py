@@ -5,11 +5,12 @@ What to paste into a bug report. The exit status is 1 where a check fails.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -134,7 +135,12 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "CUDA kernels", f"{built}; {state}"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fused_losses", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.parse_args(arguments)
     for name, fact in facts():
         print(f"{name:14}{fact}")
     start = time.perf_counter()
@@ -152,4 +158,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -127,7 +127,7 @@ def plain(
 def saves_as_is() -> bool:
     """Whether what is saved for backward comes back as what it was. With hooks on saved tensors it may be anything of
     theirs: of other strides, in memory that is read-only or holds other things as well."""
-    return _saving_hooks(False) is None  # type: ignore[redundant-expr]
+    return _saving_hooks(False) is None
 
 
 def _plain_weight(weight: Tensor, input: Tensor) -> bool:

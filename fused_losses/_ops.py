@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C as _C
+try:
+    from . import _C as _C
+except ImportError as error:
+    raise ImportError(
+        f"fused_losses in {Path(__file__).parent} has no compiled part that this Python can load ({error}). Where "
+        "this is the source and the package is installed, start Python in another folder; otherwise build it here: "
+        "pip install --no-build-isolation --editable ."
+    ) from error
 
 _cuda = Path(__file__).with_name("_cuda.so")
 CUDA = _cuda.exists() and torch.cuda.is_available()  # whether the ops take CUDA tensors

@@ -57,7 +57,7 @@ def cross_entropy(
         label_smoothing: in [0, 1].
         size_average, reduce: deprecated in torch; they override `reduction` as they do there.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
-            not be used after this call; autograd raises if they are.
+            not be used after this call, nor read: autograd raises for what goes through a backward pass alone.
 
     Returns:
         The shape of class indices for "none", else (), in the input's dtype.

@@ -86,7 +86,7 @@ def sigmoid_focal_loss(
         class_dim: where the classes stand: 1 for (B, C, A) and (B, C, H, W).
         return_probabilities: return (loss, sigmoid(inputs)) from the same read, the latter detached.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
-            not be used after this call; autograd raises if they are.
+            not be used after this call, nor read: autograd raises for what goes through a backward pass alone.
 
     Returns:
         The shape of inputs for "none", else (), in their dtype.
@@ -202,7 +202,7 @@ def softmax_focal_loss(
         ignore_index: a target of this value has no loss and an exactly zero gradient.
         reduction: "none", "mean" or "sum".
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
-            not be used after this call; autograd raises if they are.
+            not be used after this call, nor read: autograd raises for what goes through a backward pass alone.
 
     Returns:
         The target's shape for "none", else (), in the input's dtype.

@@ -303,6 +303,22 @@ def test_wide_logits_stay_what_they_are(case: Case, dtype: torch.dtype, reductio
     torch.testing.assert_close(loss, theirs)
 
 
+@every_case
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_logits_reach_the_kernels(case: Case, dtype: torch.dtype, reduction: str) -> None:
+    """As of a network that ends in `logits.float()`."""
+    logits, options = case.make(dtype)
+    gradients = []
+    for enabled in (False, True):
+        leaf = logits.clone().requires_grad_()
+        with Made(logits.shape) as made, autocast(enabled=enabled):
+            loss = case.ours(leaf, **options, reduction=reduction)
+        gradients.append(torch.autograd.grad(loss.sum() * 3, leaf)[0])
+        assert made.ops
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("case", IN_PLACE_CASES, ids=lambda case: case.name)
 def test_in_place(case: Case) -> None:
     data, options = case.make(torch.bfloat16)

@@ -68,7 +68,7 @@ def interrupted(command: list[str], result: Path) -> tuple[dict[str, Any], str]:
             said += line
         process.send_signal(signal.SIGINT)
         table = process.stdout.read()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=60) in (0, 130)  # 0: see below
     report: dict[str, Any] = json.loads(result.read_text())
     return report, table
 
@@ -203,6 +203,39 @@ def test_sweep(tmp_path: Path) -> None:
     assert [point["dims"] for point in points] == [{"N": 2, "C": 9}, {"N": 99, "C": 9}]
     assert [(point["inputs"], point["input_sets"]) for point in points] == [("warm", 1), ("rotating", 1)]
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+    result = run(COMPARE, "--diff", tmp_path / "sweep.json", tmp_path / "sweep.json")
+    assert result.stdout.count("the same") == 6
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"environment": 3}', "\x00"])
+def test_diff_of_something_else(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    result = run(COMPARE, "--diff", path, path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"compare.py: {path} ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [("--json", ""), ("--json", "file/a.json"), ("--plot", "file")])
+def test_what_cannot_be_written_ends_at_once(options: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run(COMPARE, options[0], tmp_path / options[1])
+    assert result.returncode == 1
+    assert "cannot be written to" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_closed_pipe_loses_no_result(tmp_path: Path) -> None:
+    command = [sys.executable, str(COMPARE), "--quick", "--rounds", "1", "--case", "ce:N=4,C=3"]
+    command += ["--json", str(tmp_path / "a.json")]
+    with subprocess.Popen(
+        command, cwd=BENCHMARKS, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+    assert len(json.loads((tmp_path / "a.json").read_text())["cases"]) == 1
 
 
 # -- the command line ------------------------------------------------------------------------------------------
@@ -218,6 +251,8 @@ ERRORS = {
     "--rounds 0": "--rounds must be at least 1, got 0",
     "--baselines eager,lighter": "--baselines: no 'lighter'; there are eager, compile, torchvision, liger",
     "--sweep rows --case ce:N=1,C=2 --case ce:N=1,C=3": "--sweep rows: one --case, not 2",
+    "--sweep rows --case pairwise:G=1,A=2,C=3": "--sweep rows: pairwise:G=1,A=2,C=3 has no N",
+    "--suite tiny --case ce:N=4,C=2": "leave out --suite",
 }
 
 # In a process of its own, where `cases` is the one beside compare.py; one for all, since importing torch takes long.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +44,23 @@ def test_a_wrong_loss_fails_the_check(
     said = capsys.readouterr().out
     assert "WRONG in float32\n" in said
     assert "1 checks failed" in said
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--version", 0), ("-x", 2)])
+def test_arguments(argument: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        program.main([argument])
+    assert left.value.code == status
+    assert "all right" not in capsys.readouterr().out
+
+
+def test_a_source_tree_that_is_not_built(tmp_path: Path) -> None:
+    """Found first by a Python that is started in it, whatever else is installed."""
+    source = Path(fused_losses.__file__).parent
+    shutil.copytree(source, tmp_path / "fused_losses", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-c", "import fused_losses"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "no compiled part" in run.stderr.splitlines()[-1]
+    assert "start Python in another folder" in run.stderr.splitlines()[-1]

@@ -64,8 +64,11 @@ bool put(std::atomic<Block*>& place, Block* block) {
 
 // `ulimit -v`: what the system takes back by itself are pages, and no addresses.
 bool addresses_are_limited() {
-  rlimit limit;
-  return getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+  for (const auto resource : {RLIMIT_AS, RLIMIT_DATA}) {
+    rlimit limit;
+    if (getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return true;
+  }
+  return false;
 }
 
 void keep(Block* block) {

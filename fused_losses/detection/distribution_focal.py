@@ -44,8 +44,8 @@ def distribution_focal_loss(
 
     Equivalent to::
 
-        l = target.long()
-        left, right = (F.cross_entropy(input, i, reduction="none") for i in (l, l + 1))
+        l = target.long().clamp(max=input.shape[-1] - 2)
+        left, right = (F.cross_entropy(input.movedim(-1, 1), i, reduction="none") for i in (l, l + 1))
         loss = (left * (l + 1 - target) + right * (target - l)).mean()
 
     Args:
@@ -57,7 +57,7 @@ def distribution_focal_loss(
         reduction: "none" (one value a target), "mean" or "sum". "mean" divides by the number of targets.
         avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads nothing.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
-            not be used after this call; autograd raises if they are.
+            not be used after this call, nor read: autograd raises for what goes through a backward pass alone.
 
     Returns:
         The shape of target for "none", else (), in the dtype of input.

@@ -58,7 +58,7 @@ def varifocal_loss(
         class_dim: where the classes stand: 1 for (B, C, A) and (B, C, H, W).
         return_probabilities: return (loss, sigmoid(input)) from the same read, the latter detached.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
-            not be used after this call; autograd raises if they are.
+            not be used after this call, nor read: autograd raises for what goes through a backward pass alone.
 
     Returns:
         The shape of input for "none", else (), in its dtype.
