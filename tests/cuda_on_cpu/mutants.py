@@ -175,6 +175,18 @@ MUTANTS = [
         "if (operand.dtype == DType::f32)\n      load_packs",
         "if (false)\n      load_packs",
     ),
+    (
+        "what a sum of two parts rounds away is lost",
+        "cuda/simt.cuh",
+        "(a.high - (sum - added)) + (b.high - added) + (a.low + b.low)",
+        "T{0}",
+    ),
+    (
+        "what a product of two parts rounds away is lost",
+        "cuda/simt.cuh",
+        "fma(a.high, b.high, -product) + fma(a.high, b.low, a.low * b.high)",
+        "T{0}",
+    ),
     ("ignored targets are counted", "cuda/softmax.cu", "    if (y == a.ignore_index) continue;\n", ""),
 ]
 # What gives right results on every processor so far, and no GPU promises: for ThreadSanitizer alone.
