@@ -37,7 +37,7 @@ __device__ __forceinline__ T require_place(T t, int64_t bins) {
 // S: storage of logits and gradient, O: of the loss and its upstream gradient. Where no number of blocks is asked for,
 // ptxas spills a register to fit one more.
 template <class S, class O>
-__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
     distribution_focal_kernel(const DistributionArgs d, const DistributionBuffers b, unsigned lanes) {
   using T = typename ComputeOf<S>::T;
   constexpr T lowest =
