@@ -73,6 +73,11 @@ def missing(needs: tuple[str, ...]) -> list[str]:
     return [name.removeprefix("bin:") for name, place in found.items() if place is None]
 
 
+def listen() -> None:
+    """To SIGINT, which a shell lets what it starts in the background ignore, and all that this starts in turn."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(step: Step, seconds_left: float, log: Path) -> Result:
     if absent := missing(step.needs):
         return Result(step.name, "left out", 0, f"not installed here: {', '.join(absent)}")
@@ -86,7 +91,13 @@ def run(step: Step, seconds_left: float, log: Path) -> Result:
         output.flush()
         begin = output.tell()
         process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+            step.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=listen,
         )
         try:
             if process.wait(min(step.limit, seconds_left)) != 0:

@@ -48,7 +48,8 @@ def pass_on(error: Exception) -> None:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    if traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith(__package__):
+    where = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
+    if not where.startswith((__package__, "torch._ops")):
         raise error
 
 
