@@ -270,13 +270,12 @@ def print_diff(console: Console, a_path: Path, b_path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(path.read_text())
-        if report["environment"]["date"] and _points(report) is not None:
-            return report
+        _points(report), report["environment"]["date"]  # there, or this is something else
     except OSError as error:
         sys.exit(f"compare.py: {path} cannot be read: {error.strerror}")
     except (ValueError, KeyError, TypeError):
-        pass
-    sys.exit(f"compare.py: {path} is no file of --json")
+        sys.exit(f"compare.py: {path} is no file of --json")
+    return report
 
 
 def _verdict(before: dict[str, float], after: dict[str, float]) -> tuple[str, str]:

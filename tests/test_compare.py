@@ -50,31 +50,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str
     return result.stdout, folder, json.loads((folder / "a.json").read_text())
 
 
-def interrupted(command: list[str], result: Path) -> tuple[dict[str, Any], str]:
-    """compare.py, stopped as soon as its second case has begun."""
-    with subprocess.Popen(
-        command,
-        cwd=BENCHMARKS,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What a shell starts in the background ignores SIGINT, and so does all that it starts in turn.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        said = ""
-        while "BCE 9 x 3" not in said:
-            line = process.stderr.readline()
-            assert line, said
-            said += line
-        process.send_signal(signal.SIGINT)
-        table = process.stdout.read()
-        assert process.wait(timeout=60) == 130
-    report: dict[str, Any] = json.loads(result.read_text())
-    return report, table
-
-
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
     """As it is when somebody has seen enough."""
     command = [
@@ -89,7 +64,26 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path) -> None:
         tmp_path / "a.json",
     ]
     cases = ["--case", "ce:N=8,C=3", "--case", "bce:N=9,C=3", "--rounds", "100"]
-    report, table = interrupted([sys.executable, *map(str, command), *cases], tmp_path / "a.json")
+    with subprocess.Popen(
+        [sys.executable, *map(str, command), *cases],
+        cwd=BENCHMARKS,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores SIGINT, and so does all that it starts in turn.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = ""
+        while "BCE 9 x 3" not in said:  # the second case has begun
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        table = process.stdout.read()
+        assert process.wait(timeout=60) == 130
+    report = json.loads((tmp_path / "a.json").read_text())
     assert [case["label"] for case in report["cases"]] == ["cross entropy 8 x 3, fp32"]
     assert {"name": "the rest", "reason": "interrupted"} in report["left_out"]
     assert "interrupted" in table
