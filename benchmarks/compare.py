@@ -108,6 +108,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def _choose_cases(options: argparse.Namespace) -> None:
     """The cases a suite, and the points a sweep."""
     cases = [Case.parse(spec, options.dtype) for spec in options.case or []]
+    for case in cases:
+        _require_served(case)
     options.suites, options.sweeps = {}, {}
     if cases and not options.sweep:
         options.suites["cases"] = cases
@@ -123,6 +125,14 @@ def _choose_cases(options: argparse.Namespace) -> None:
             raise CaseError(f"--sweep {sweep}: {base[0].spec} has no {dim}")
         chosen = sorted({*sizes[::2], sizes[-1]}) if options.quick else sizes
         options.sweeps[sweep] = [base[0].sized(**{dim: size}) for size in chosen]
+
+
+def _require_served(case: Case) -> None:
+    """Ends now what the loss would refuse after other cases have been measured."""
+    try:
+        Call(case.small(), "fused", case.small().inputs("cpu"))()
+    except (RuntimeError, ValueError) as error:
+        raise CaseError(f"case {case.spec!r}: {error}") from None
 
 
 class Comparison:

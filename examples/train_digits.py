@@ -274,11 +274,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--plot", type=Path, metavar="FILE", help="the curves; with both, train_digits.png by default"
     )
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
     for name in ("epochs", "batch_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     if options.lr is not None and not options.lr > 0:
         parser.error(f"--lr must be positive, got {options.lr}")
+    if options.plot and not options.plot.absolute().parent.is_dir():
+        parser.error(f"--plot {options.plot}: there is no folder {options.plot.parent}")
     if options.criterion == "both" and options.plot is None:
         options.plot = Path("train_digits.png")
     return options

@@ -464,6 +464,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=4e-3, help="the highest learning rate")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where the two pictures go")
     options = parser.parse_args(arguments)
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
     for name in ("epochs", "batch_size", "pictures", "test_pictures", "width"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")

@@ -55,7 +55,7 @@ def evaluate_anchors(
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
     if _checks.autocasts(input):
-        loss, input = under_autocast(loss, input)
+        loss = _checks.autocast_form(loss, input)
         with torch.autocast(input.device.type, enabled=False):
             return evaluate_anchors(
                 loss,
@@ -129,13 +129,6 @@ def evaluate_anchors(
 def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
     forward, train, train_ = (partial(form, probability=probabilities) for form in loss.writing)
     return dataclasses.replace(loss, forward=forward, train=train, train_=train_, number=None)
-
-
-def under_autocast(loss: LossOps, input: Tensor) -> tuple[LossOps, Tensor]:
-    """What takes their places where autocast is switched off: the loss of float16 and bfloat16 is float32."""
-    if input.dtype not in _checks.HALVES:
-        return loss, input
-    return loss.widened, input
 
 
 def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None, float]:

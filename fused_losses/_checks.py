@@ -88,9 +88,14 @@ def autocast_ops(loss: LossOps, input: Tensor, target: Tensor, *weights: Tensor 
         return loss.widened if plain(input, target) and _constant(*weights) else None
 
 
+def autocast_form(loss: LossOps, input: Tensor) -> LossOps:
+    """What autocast makes of `loss`: its ops with a float32 loss, for fp16 and bf16."""
+    return loss.widened if input.dtype in HALVES else loss
+
+
 def traced_ops(loss: LossOps, input: Tensor) -> LossOps:
-    """`loss`, or in a graph traced under autocast its ops with a float32 loss, for fp16 and bf16."""
-    return loss.widened if _compiling() and input.dtype in HALVES and autocasts(input) else loss
+    """`loss`, or its form under autocast in a graph that is traced there."""
+    return autocast_form(loss, input) if _compiling() and autocasts(input) else loss
 
 
 def autocasts(input: Tensor) -> bool:

@@ -241,6 +241,7 @@ ERRORS = {
     "--case ce:N=4,C=0": "every dimension must be at least 1",
     "--case ce:N=4,C=2,dtype=int8": "dtype must be one of fp32, bf16, fp16, fp64, not 'int8'",
     "--case ce:N=4,C=2,reduction=max": "reduction must be none, mean or sum, not 'max'",
+    "--case ce:N=4,C=2,label_smoothing=2": "label_smoothing is 2.0; expected a number from 0.0 to 1.0",
     "--rounds 0": "--rounds must be at least 1, got 0",
     "--baselines eager,lighter": "--baselines: no 'lighter'; there are eager, compile, torchvision, liger",
     "--sweep rows --case ce:N=1,C=2 --case ce:N=1,C=3": "--sweep rows: one --case, not 2",

@@ -111,6 +111,11 @@ def test_missing_folder_is_named(program: ModuleType, tmp_path: Path) -> None:
 
 
 def test_bad_options_are_named(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        program.main(["--batch-size", "0"])
-    assert "--batch-size must be at least 1, got 0" in capsys.readouterr().err
+    for option, value, problem in (
+        ("--batch-size", "0", "--batch-size must be at least 1, got 0"),
+        ("--seed", "-1", "--seed must be from 0 to"),
+        ("--plot", "nowhere/a.png", "--plot nowhere/a.png: there is no folder nowhere"),
+    ):
+        with pytest.raises(SystemExit):
+            program.main([option, value])
+        assert problem in capsys.readouterr().err

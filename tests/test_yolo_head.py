@@ -118,7 +118,7 @@ def test_the_metric_is_1_for_the_truth(program: ModuleType) -> None:
 
 
 def test_bad_options_are_named(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    for option, value in (("--batch-size", "0"), ("--lr", "-1")):
+    for option, value in (("--batch-size", "0"), ("--lr", "-1"), ("--seed", "-1")):
         with pytest.raises(SystemExit):
             program.main([option, value])
         assert f"{option} must be" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import _checks, reference
-from .._anchors import AvgFactor, avg_factor_of, under_autocast
+from .._anchors import AvgFactor, avg_factor_of
 from .._autograd import evaluate, evaluate_eagerly
 from .._ops import LossOps
 
@@ -84,7 +84,7 @@ def distribution_focal_loss(
     _checks.require_tensors("distribution_focal_loss", input=input, target=target)
     if not _checks.autocasts(input):
         return _evaluate(_OPS, input, target, weight, reduction, avg_factor, inplace_backward)
-    ops, input = under_autocast(_OPS, input)
+    ops = _checks.autocast_form(_OPS, input)
     with torch.autocast(input.device.type, enabled=False):
         return _evaluate(ops, input, target, weight, reduction, avg_factor, inplace_backward)
 
