@@ -13,7 +13,8 @@ static double distribution_focal_range(const DistributionArgs& d, int64_t begin,
 
   const SoftmaxArgs& a = d.rows;
   const int64_t classes = a.classes, last = a.ndim - 1;
-  const auto tile = std::unique_ptr<T[]>(new T[classes * group]), column = std::unique_ptr<T[]>(new T[classes]);
+  const auto tile = std::unique_ptr<T[]>(new T[classes * group]),
+             column = std::unique_ptr<T[]>(new T[classes * group + lanes]);
   const auto number = std::unique_ptr<T[]>(new T[classes]);
   for (int64_t c = 0; c < classes; ++c) number[c] = static_cast<T>(c);
   T* const x = tile.get();  // [C, group]

@@ -216,17 +216,17 @@ FL_CALL double tile_loop(const Tile<T>& given_tile, int64_t n, T grad_scale, con
       r.value *= weight;
       r.grad *= weight;
     }
-    if (tile.indexed) {  // last, so that nothing of an ignored anchor gets through, whatever its numbers are
-      const auto ignored = is_ignored(t);
-      r.value = select<V>(ignored, V{}, r.value);
-      r.grad = select<V>(ignored, V{}, r.grad);
-    }
     if (tile.probability) store(tile.probability + i, select<V>(x >= 0, 1 - sigma.far, sigma.far));
     if constexpr (want_grad) {
       r.grad *= grad_scale;
       if (tile.upstream) r.grad *= load_as<V>(tile.upstream + i);
-      store(tile.grad + i, r.grad);
     }
+    if (tile.indexed) {  // last, so that nothing of an ignored anchor gets through: a mean of none divides by 0
+      const auto ignored = is_ignored(t);
+      r.value = select<V>(ignored, V{}, r.value);
+      r.grad = select<V>(ignored, V{}, r.grad);
+    }
+    if constexpr (want_grad) store(tile.grad + i, r.grad);
     if constexpr (want_value) {
       if (tile.value) store(tile.value + i, r.value);
       partial += r.value;

@@ -11,7 +11,7 @@ static void pairwise_range(const PairwiseArgs& a, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::V;
   constexpr int lanes = Lanes<V>::count, group = kPairAnchors;
   const int64_t classes = a.classes;
-  const std::unique_ptr<T[]> tile(new T[classes * group]), column(new T[classes]);  // [C, group], [C]
+  const std::unique_ptr<T[]> tile(new T[classes * group]), column(new T[classes * group + lanes]);  // [C, group]
   T objectness[group] = {};
   // Apart and in double: where the target's z is most of `positive`, subtracting it leaves the others' digits.
   double positive[group], tail[group];  // sums over the classes of max(z, 0) and of log1p(exp(-|z|))

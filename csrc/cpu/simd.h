@@ -258,8 +258,47 @@ struct ComputeOf<double> {
   using T = double;
 };
 
+#if FUSED_LOSSES_VECTOR_BYTES == 64
+#define FL_LOW_LANES 0, 1, 2, 3, 4, 5, 6, 7
+#define FL_HIGH_LANES 8, 9, 10, 11, 12, 13, 14, 15
+#elif FUSED_LOSSES_VECTOR_BYTES == 32
+#define FL_LOW_LANES 0, 1, 2, 3
+#define FL_HIGH_LANES 4, 5, 6, 7
+#else
+#define FL_LOW_LANES 0, 1
+#define FL_HIGH_LANES 2, 3
+#endif
+#if defined(__clang__) || __GNUC__ >= 12  // stays in registers; GCC 11 has to go through memory
+FL_FN half_vf low_half(vf v) { return __builtin_shufflevector(v, v, FL_LOW_LANES); }
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32  // GCC takes a permutation, which is eight on Zen 1
+FL_FN half_vf high_half(vf v) { return bits<half_vf>(_mm256_extractf128_ps(bits<__m256>(v), 1)); }
+#else
+FL_FN half_vf high_half(vf v) { return __builtin_shufflevector(v, v, FL_HIGH_LANES); }
+#endif
+FL_FN vf join(half_vf low, half_vf high) { return __builtin_shufflevector(low, high, FL_LOW_LANES, FL_HIGH_LANES); }
+#else
+FL_FN half_vf low_half(vf v) {
+  half_vf h;
+  __builtin_memcpy(&h, &v, sizeof h);
+  return h;
+}
+FL_FN half_vf high_half(vf v) {
+  half_vf h;
+  __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof h, sizeof h);
+  return h;
+}
+FL_FN vf join(half_vf low, half_vf high) {
+  struct Halves {
+    half_vf low, high;
+  };
+  return bits<vf>(Halves{low, high});
+}
+#endif
+
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64  // GCC takes the halves apart
 FL_FN vu widen_bits(vh raw) { return bits<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, bits<__m256i>(raw))); }
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+FL_FN vu widen_bits(vh raw) { return bits<vu>(_mm256_cvtepu16_epi32(bits<__m128i>(raw))); }
 #else
 FL_FN vu widen_bits(vh raw) { return __builtin_convertvector(raw, vu); }
 #endif
@@ -273,7 +312,13 @@ FL_FN vh narrow(vf x, bf16) {
   const __m512i all = _mm512_mask_mov_epi32(bits<__m512i>(rounded), is_nan, bits<__m512i>(nan));
   return bits<vh>(_mm512_maskz_cvtepi32_epi16(0xffff, all));
 #else
-  return __builtin_convertvector(bits<vu>(x == x) ? rounded : nan, vh);
+  const vu all = bits<vu>(x == x) ? rounded : nan;
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  const vf raw = bits<vf>(all);
+  return bits<vh>(_mm_packus_epi32(bits<__m128i>(low_half(raw)), bits<__m128i>(high_half(raw))));
+#else
+  return __builtin_convertvector(all, vh);
+#endif
 #endif
 }
 FL_FN vf widen(vh raw, f16) {
@@ -378,12 +423,19 @@ FL_FN vl load_indices(const int64_t* p, int64_t odd, int64_t instead, vl) {
   __builtin_memcpy(&y, p, sizeof y);
   return y == odd ? vl{} + instead : y;
 }
+FL_FN half_vf low_words(vl y) {
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
+  return bits<half_vf>(_mm512_maskz_cvtepi64_epi32(0xff, bits<__m512i>(y)));
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+  const vf words = bits<vf>(y);
+  return bits<half_vf>(_mm_shuffle_ps(bits<__m128>(low_half(words)), bits<__m128>(high_half(words)), 0x88));
+#else
+  return bits<half_vf>(__builtin_convertvector(y, half_vi));
+#endif
+}
 FL_FN vi load_indices(const int64_t* p, int64_t odd, int64_t instead, vi) {
-  struct Halves {
-    half_vi low, high;
-  };
-  return bits<vi>(Halves{__builtin_convertvector(load_indices(p, odd, instead, vl{}), half_vi),
-                         __builtin_convertvector(load_indices(p + Lanes<vl>::count, odd, instead, vl{}), half_vi)});
+  return bits<vi>(join(low_words(load_indices(p, odd, instead, vl{})),
+                       low_words(load_indices(p + Lanes<vl>::count, odd, instead, vl{}))));
 }
 // The first n < lanes elements; the other lanes read `fill`, and are neither touched in memory nor written.
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
@@ -428,40 +480,14 @@ FL_FN V load_part(const S* p, int64_t n, typename Lanes<V>::Scalar fill) {
   return select<V>(lane_numbers<V>() < I{} + static_cast<Lane>(n), load_lanes(p, n), broadcast<V>(fill));
 }
 
-#if FUSED_LOSSES_VECTOR_BYTES == 64
-#define FL_LOW_LANES 0, 1, 2, 3, 4, 5, 6, 7
-#define FL_HIGH_LANES 8, 9, 10, 11, 12, 13, 14, 15
-#elif FUSED_LOSSES_VECTOR_BYTES == 32
-#define FL_LOW_LANES 0, 1, 2, 3
-#define FL_HIGH_LANES 4, 5, 6, 7
-#else
-#define FL_LOW_LANES 0, 1
-#define FL_HIGH_LANES 2, 3
-#endif
-#if defined(__clang__) || __GNUC__ >= 12  // stays in registers; GCC 11 has to go through memory
-FL_FN half_vf low_half(vf v) { return __builtin_shufflevector(v, v, FL_LOW_LANES); }
-FL_FN half_vf high_half(vf v) { return __builtin_shufflevector(v, v, FL_HIGH_LANES); }
-#else
-FL_FN half_vf low_half(vf v) {
-  half_vf h;
-  __builtin_memcpy(&h, &v, sizeof h);
-  return h;
-}
-FL_FN half_vf high_half(vf v) {
-  half_vf h;
-  __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + sizeof h, sizeof h);
-  return h;
-}
-#endif
 FL_FN vf join(vd low, vd high) {
-  struct Halves {
-    half_vf low, high;
-  };
-  return bits<vf>(Halves{__builtin_convertvector(low, half_vf), __builtin_convertvector(high, half_vf)});
+  return join(__builtin_convertvector(low, half_vf), __builtin_convertvector(high, half_vf));
 }
 
 #if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
 FL_FN vd to_double(half_vf v) { return bits<vd>(_mm512_maskz_cvtps_pd(0xff, bits<__m256>(v))); }  // GCC takes five
+#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+FL_FN vd to_double(half_vf v) { return bits<vd>(_mm256_cvtps_pd(bits<__m128>(v))); }  // GCC takes as many
 #else
 FL_FN vd to_double(half_vf v) { return __builtin_convertvector(v, vd); }
 #endif

@@ -375,7 +375,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
   const bool in_place = keep && a.grad == a.logits, has_room = classes <= kGroup;
   const bool at_maximum = dense == Dense::any, maximum_first = at_maximum || (in_place && !has_room);
   const auto apart = std::unique_ptr<S[]>(in_place && has_room ? new S[group * classes] : nullptr);
-  const bool narrow_value = a.value_dtype == a.dtype;
+  const bool narrow_value = a.value_dtype == a.dtype, wants_value = a.value || !a.upstream;
   T shift = 0;
   double total = 0;
 
@@ -441,7 +441,7 @@ static double softmax_rows_range(const SoftmaxArgs& a, int64_t begin, int64_t en
     RowLoss<V> loss{};
     if (a.index)
       loss = a.gamma > 0 ? softmax_focal_row(sums, load(rows.weight), a.gamma)
-                         : cross_entropy_row(sums, load(rows.weight));
+                         : cross_entropy_row(sums, load(rows.weight), wants_value);
     auto value = wide(loss.value);
     if constexpr (dense != Dense::none)
       value = value + load_wide(rows.q_distance, V{}) +
@@ -477,7 +477,7 @@ struct Columns {
   const int64_t* offset;  // [n] of each position's first logit; [1] where they are `step` apart
   bool even;  // whether they are
   int64_t step, class_stride, classes, n, pitch;
-  T* column;  // room for the logits of one position
+  T* column;  // room for all their logits and a vector more
 
   // Whether a loop may as well read and write the memory as a tile.
   bool lies_as_tile() const { return neighbours() && dtype == compute_dtype<T> && n == pitch; }
@@ -491,9 +491,15 @@ struct Columns {
         if (run != to)
           for (int64_t i = 0; i < n; i += lanes) move(run + i, to + i, n - i);
       }
-    } else if (rows()) {
+    } else if (as_they_lie()) {
       const T* from = static_cast<const T*>(data);
-      for (int64_t i = 0; i < n; i += lanes) transpose_in(from, i, tile + i);
+      for (int64_t i = 0; i < n; i += lanes) transpose_in<false>(from, i, tile + i);
+    } else if (class_stride == 1) {
+      each_run([&](int64_t at, int64_t length, T* to) {
+        const T* run = stage_run(dtype, data, at, 1, length, to);
+        for (int64_t j = 0; run != to && j < length; j += lanes) move(run + j, to + j, length - j);
+      });
+      for (int64_t i = 0; i < n; i += lanes) in_column().template transpose_in<true>(column, i, tile + i);
     } else {
       for (int64_t i = 0; i < n; ++i) {
         const T* from = stage_run(dtype, data, at(i), class_stride, classes, column);
@@ -514,9 +520,12 @@ struct Columns {
         else
           unstage_run(dtype, data, offset[0] + c * class_stride, 1, n, run);
       }
-    } else if (rows()) {
+    } else if (as_they_lie()) {
       T* to = static_cast<T*>(data);
-      for (int64_t i = 0; i < n; i += lanes) transpose_out(tile + i, i, to);
+      for (int64_t i = 0; i < n; i += lanes) transpose_out<false>(tile + i, i, to);
+    } else if (class_stride == 1) {
+      for (int64_t i = 0; i < n; i += lanes) in_column().template transpose_out<true>(tile + i, i, column);
+      each_run([&](int64_t at, int64_t length, const T* run) { unstage_run(dtype, data, at, 1, length, run); });
     } else {
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t c = 0; c < classes; ++c) column[c] = tile[c * pitch + i];
@@ -528,7 +537,24 @@ struct Columns {
  private:
   bool neighbours() const { return even && step == 1; }
   FL_INLINE int64_t at(int64_t i) const { return even ? offset[0] + i * step : offset[i]; }
-  bool rows() const { return class_stride == 1 && dtype == compute_dtype<T>; }
+  bool packed() const { return even && step == classes; }
+  // Rows that squares are read from and written to directly. What a vector has beyond a row's end takes a mask, or
+  // where there is none a loop: that costs more than to copy packed rows.
+  bool as_they_lie() const {
+    constexpr bool masks = FUSED_LOSSES_VECTOR_BYTES == 64;
+    return class_stride == 1 && dtype == compute_dtype<T> && (masks || classes % lanes == 0 || !packed());
+  }
+  // The rows as `column` has them: packed.
+  Columns in_column() const {
+    static constexpr int64_t first = 0;
+    return {compute_dtype<T>, &first, true, classes, 1, classes, n, pitch, nullptr};
+  }
+  // f(offset, length, of which in `column`) of the contiguous runs of rows.
+  template <class F>
+  FL_INLINE void each_run(const F& f) const {
+    if (packed()) return f(offset[0], n * classes, column);
+    for (int64_t i = 0; i < n; ++i) f(at(i), classes, column + i * classes);
+  }
   FL_FN void move(const T* from, T* to, int64_t left) {
     if (left >= lanes)
       store(to, load(from));
@@ -549,12 +575,13 @@ struct Columns {
         if (i + k < n) f(k, at(i + k));
     }
   }
-  // Squares of lanes x lanes, in registers.
+  // Squares of lanes x lanes, in registers. `whole`: vectors may go beyond the end of a row, over what comes next.
+  template <bool whole>
   FL_INLINE void transpose_in(const T* from, int64_t i, T* tile) const {
     for (int64_t c = 0; c < classes; c += lanes) {
       const int64_t width = classes - c < lanes ? classes - c : lanes;
       V square[lanes] = {};
-      if (width == lanes)
+      if (whole || width == lanes)
         each_row(i, [&](int k, int64_t row) { square[k] = load(from + row + c); });
       else
         each_row(i, [&](int k, int64_t row) { square[k] = load_part<V>(from + row + c, width, 0); });
@@ -564,14 +591,16 @@ struct Columns {
         if (k < width) store(tile + (c + k) * pitch, square[k]);
     }
   }
+  template <bool whole>
   FL_INLINE void transpose_out(const T* tile, int64_t i, T* to) const {
-    for (int64_t c = 0; c < classes; c += lanes) {
+    // The last classes first: what they write beyond a row's end is the next row's first, written after them.
+    for (int64_t c = (classes - 1) / lanes * lanes; c >= 0; c -= lanes) {
       const int64_t width = classes - c < lanes ? classes - c : lanes;
       V square[lanes];
 #pragma GCC unroll 16
       for (int k = 0; k < lanes; ++k) square[k] = k < width ? load(tile + (c + k) * pitch) : V{};
       transpose(square);
-      if (width == lanes)
+      if (whole || width == lanes)
         each_row(i, [&](int k, int64_t row) { store(to + row + c, square[k]); });
       else
         each_row(i, [&](int k, int64_t row) { store_part(to + row + c, width, square[k]); });
@@ -614,11 +643,12 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
 
   const DType dtype = a.dtype;
   const int64_t classes = a.classes, last = a.ndim - 1;
+  const bool wants_value = a.value || !a.upstream;
   const auto room = [](bool wanted, int64_t size) { return std::unique_ptr<T[]>(wanted ? new T[size] : nullptr); };
   // The logits go through a tile even where they lie as the loop wants them: in images whose size is a power of two,
   // the classes of one position compete for the same few lines of every cache.
   const auto tile = room(true, classes * group), target_tile = room(a.probability, classes * group),
-             column = room(true, classes);
+             column = room(true, classes * group + lanes);
   const DenseTarget<T> target{nullptr, static_cast<T>(a.probability ? 1 - a.label_smoothing : 0),
                               static_cast<T>(a.label_smoothing / classes)};
   const T* weight = static_cast<const T*>(a.weight);
@@ -677,10 +707,11 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
         const Lane y = bits<Lane>(index_lane[i]);
         weight_lane[i] = y >= 0 ? weight[y] : T{0};
       }
-    if (a.upstream)
-      for (int64_t i = 0; i < group; ++i)
-        upstream_lane[i] =
-            i < n ? static_cast<T>(a.grad_scale * load_scalar<T>(a.value_dtype, a.upstream, p + i)) : T{0};
+    if (a.upstream) {
+      const T* upstream = stage_run(a.value_dtype, a.upstream, p, 1, n, upstream_lane);
+      for (int64_t i = 0; i < n; ++i) upstream_lane[i] = static_cast<T>(a.grad_scale * upstream[i]);
+      for (int64_t i = n; i < group; ++i) upstream_lane[i] = 0;
+    }
 
     bool by_maximum = dense;
     if constexpr (want_grad && !dense) {
@@ -783,7 +814,7 @@ static double softmax_columns_range(const SoftmaxArgs& a, int64_t begin, int64_t
       RowLoss<V> loss{};
       if (a.index)
         loss = a.gamma > 0 ? softmax_focal_row(sums, row_weight, a.gamma)
-                           : cross_entropy_row(sums, row_weight * static_cast<T>(1 - a.label_smoothing));
+                           : cross_entropy_row(sums, row_weight * static_cast<T>(1 - a.label_smoothing), wants_value);
       const V lost = -rest[u].lost * near.unit;
       V value = loss.value;
       if constexpr (dense)

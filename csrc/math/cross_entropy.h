@@ -35,8 +35,8 @@ FL_FN V negative_log(RowSums<V> row) {
 
 // Cross entropy with a class index:  value = w_y (log sum + m - x_y),  grad = w_y (p_j - 1_y).
 template <class V>
-FL_FN RowLoss<V> cross_entropy_row(RowSums<V> row, V weight) {
-  return {weight * negative_log(row), weight, -weight * (row.rest / (row.rest + row.target_term))};
+FL_FN RowLoss<V> cross_entropy_row(RowSums<V> row, V weight, bool wants_value = true) {
+  return {wants_value ? weight * negative_log(row) : V{}, weight, -weight * (row.rest / (row.rest + row.target_term))};
 }
 
 // q^gamma, for the customary exponents without a logarithm.
