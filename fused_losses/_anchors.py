@@ -142,10 +142,21 @@ def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None,
             raise ValueError(
                 f"avg_factor has {_checks.shape_of(avg_factor)}; expected a number or a 0-dim Tensor"
             )
-        return avg_factor.to(torch.float64), 0.0
+        return avg_factor.to(torch.float64).reshape(()), 0.0
     if isinstance(avg_factor, Real):
         return None, float("nan") if avg_factor != avg_factor else max(float(avg_factor), 1.0)
     raise TypeError(f"avg_factor is {avg_factor!r}; expected a number or a 0-dim Tensor")
+
+
+def of_classes(weight: Tensor | None, target: Any, class_dim: int) -> Tensor | None:
+    """A criterion's weight, one a class however many anchors there are: not to be taken for one an anchor."""
+    if weight is None or not isinstance(target, IndexTarget) or weight.dim() != 1 or target.labels.dim() != 1:
+        return weight
+    return weight.unsqueeze(0 if class_dim in (-1, 1) else 1)
+
+
+def _class_shape(input: Tensor, dim: int) -> list[int]:
+    return [size if d == dim else 1 for d, size in enumerate(input.shape)]
 
 
 def _class_dim(class_dim: int, input: Tensor) -> int:
@@ -163,8 +174,23 @@ def _arrange(
         return None
     if not isinstance(factors, Tensor):
         raise TypeError(f"{name} is {factors!r}; expected a Tensor or None, not {type(factors).__name__}")
+    if anchors is not None and len(anchors) == 1 == factors.dim() and factors.shape[0] not in (1, *anchors):
+        raise ValueError(
+            f"{name} has {_checks.shape_of(factors)}; beside labels of shape {tuple(anchors)} expected theirs, or for a "
+            f"factor each class that of {tuple(_class_shape(input, dim))}"
+        )
     if anchors is not None and factors.shape == anchors:
+        alone = (1,) * (input.dim() - factors.dim()) + tuple(factors.shape)
         factors = factors.unsqueeze(dim)
+        if (
+            len(anchors) > 1
+            and alone != tuple(factors.shape)
+            and _checks.broadcasts(torch.Size(alone), input.shape)
+        ):
+            raise ValueError(
+                f"{name} has shape {tuple(anchors)}, that of the labels, which broadcasts to the input's as well: "
+                f"expected {tuple(factors.shape)} for a factor each anchor, or {alone}"
+            )
     elif factors.dim() == 1 and dim < input.dim() - 1 and factors.shape[0] == input.shape[dim]:
         factors = factors.view(-1, *(1,) * (input.dim() - 1 - dim))
     elif not _checks.broadcasts(factors.shape, input.shape):

@@ -66,6 +66,19 @@ def reduction_code(reduction: str) -> int:
         raise ValueError(f"reduction is {reduction!r}; expected 'none', 'mean' or 'sum'") from None
 
 
+def require_number(name: str, value: Any) -> None:
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+
+
+def require_exponent(name: str, value: float) -> None:
+    require_number(name, value)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} requires a gradient, which it does not get; expected a number")
+    if not value >= 0:
+        raise ValueError(f"{name} is {value}; expected a number >= 0")
+
+
 def require_tensors(function: str, **arguments: Any) -> None:
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor) and not hasattr(type(argument), "__torch_function__"):

@@ -26,6 +26,7 @@ class Adapter:
     example: Callable[
         [Any], tuple[Any, ...]
     ]  # arguments, logits first, on which the original is compared with it
+    others: tuple[str, ...] | None = ()  # that it may have besides; None: any
 
 
 def register_adapter(
@@ -57,7 +58,7 @@ def register_adapter(
 
     The adapter registered last is asked first.
     """
-    ADAPTERS.insert(0, Adapter(class_name, attributes, fused, example))
+    ADAPTERS.insert(0, Adapter(class_name, attributes, fused, example, others=None))
 
 
 def yolov5_focal_loss(criterion: Any, pred: Tensor, true: Tensor) -> Any:
@@ -227,7 +228,9 @@ def _index_example(criterion: Any) -> tuple[Tensor, Tensor]:
 
 
 def _soft_example(criterion: Any) -> tuple[Tensor, Tensor]:
-    return _logits(6, 5), _logits(6, 5).flip(0).softmax(1)
+    target = _logits(6, 5).flip(0).softmax(1)
+    target[3] = 0  # a row without a target counts in the mean all the same
+    return _logits(6, 5), target
 
 
 ADAPTERS = [
@@ -245,5 +248,6 @@ ADAPTERS = [
         ("smoothing", "target_threshold", "reduction", "weight", "pos_weight"),
         timm_binary_cross_entropy,
         _binary_example,
+        others=("sum_classes",),
     ),
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _torch, reference
-from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
+from ._anchors import AvgFactor, anchor_ops, evaluate_anchors, of_classes
 from ._autograd import evaluate, evaluate_eagerly
 from ._ops import LossOps
 from .detection.index_target import IndexTarget
@@ -80,7 +80,7 @@ def binary_cross_entropy_with_logits(
         input: logits, (*); float32, float64, bfloat16 or float16, any strides.
         target: probabilities of the positive class, the input's shape; or an IndexTarget, one class an anchor.
         weight: a factor for each element; broadcasts to the input's shape. With an IndexTarget one of the labels'
-            shape is a factor for each anchor.
+            shape is a factor for each anchor, and beside labels (N) one for each class is (1, C).
         pos_weight: a factor for each positive target; broadcasts to the input's shape.
         size_average, reduce: deprecated in torch; they override `reduction` as they do there.
         avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads
@@ -237,7 +237,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
         loss: Tensor = binary_cross_entropy_with_logits(
             input,
             target,
-            self.weight,
+            of_classes(self.weight, target, self.class_dim),
             reduction=self.reduction,
             pos_weight=self.pos_weight,
             avg_factor=avg_factor,

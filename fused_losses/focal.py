@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import _checks, reference
-from ._anchors import AvgFactor, anchor_ops, evaluate_anchors
+from ._anchors import AvgFactor, anchor_ops, evaluate_anchors, of_classes
 from ._autograd import evaluate, evaluate_eagerly
 from ._ops import LossOps
 from .bce import BCEWithLogitsLoss
@@ -79,7 +79,7 @@ def sigmoid_focal_loss(
         gamma: how much a right prediction is discounted, >= 0; gradients are finite below 1 too.
         reduction: "none", "mean" or "sum".
         weight: a factor for each element; broadcasts to the shape of inputs. With an IndexTarget one of the labels'
-            shape is a factor for each anchor.
+            shape is a factor for each anchor, and beside labels (N) one for each class is (1, C).
         pos_weight: a factor for each positive target; broadcasts to the shape of inputs.
         avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads
             nothing. Without it "mean" divides by the elements, of anchors not ignored.
@@ -99,6 +99,8 @@ def sigmoid_focal_loss(
     Source: Lin et al. 2017, arXiv:1708.02002; torchvision.ops.sigmoid_focal_loss.
     """
     per_class = alpha if isinstance(alpha, Tensor) else None
+    if per_class is None:
+        _checks.require_number("alpha", alpha)
     if isinstance(alpha, Tensor) or alpha < 0:
         balance = (1.0, 1.0)
     else:
@@ -110,7 +112,7 @@ def sigmoid_focal_loss(
         or class_dim != -1
         or return_probabilities
     ):
-        _require_gamma(gamma)
+        _checks.require_exponent("gamma", gamma)
         return evaluate_anchors(
             _ANCHORS,
             inputs,
@@ -145,7 +147,7 @@ def _sigmoid_focal(
     ops = _SIGMOID if plain else _checks.autocast_ops(_SIGMOID, inputs, targets, weight, pos_weight)
     if ops is not None:
         try:
-            _require_gamma(gamma)
+            _checks.require_exponent("gamma", gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and inputs.dtype is not torch.float16
             tensors, focus = (targets, weight, pos_weight), (alpha_positive, alpha_negative, gamma, code)
@@ -154,7 +156,7 @@ def _sigmoid_focal(
             _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     _checks.require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
     code = _checks.reduction_code(reduction)
-    _require_gamma(gamma)
+    _checks.require_exponent("gamma", gamma)
     if inputs.shape != targets.shape:
         raise ValueError(
             f"targets has {_checks.shape_of(targets)}; expected that of inputs, {tuple(inputs.shape)}"
@@ -219,7 +221,7 @@ def softmax_focal_loss(
     ops = _SOFTMAX if plain else _checks.autocast_ops(_SOFTMAX, input, target, weight)
     if ops is not None:
         try:
-            _require_gamma(gamma)
+            _checks.require_exponent("gamma", gamma)
             code = _checks.REDUCTION_CODES[reduction]
             stored = code != _checks.NONE and input.dtype is not torch.float16
             tensors, options = (target, _per_class(alpha, input)), (code, ignore_index, gamma)
@@ -228,7 +230,7 @@ def softmax_focal_loss(
             _checks.pass_on(error)  # of the op's own the checks below say why, or they happen again
     _checks.require_tensors("softmax_focal_loss", input=input, target=target)
     code = _checks.reduction_code(reduction)
-    _require_gamma(gamma)
+    _checks.require_exponent("gamma", gamma)
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index is {ignore_index!r}; expected an int")
     if input.dtype not in _checks.DTYPES:
@@ -258,16 +260,12 @@ def _per_class(alpha: float | Tensor | None, input: Tensor) -> Tensor | None:
     if alpha is None:
         return None
     if not isinstance(alpha, Tensor):
+        _checks.require_number("alpha", alpha)
         wide = torch.float64 if input.dtype is torch.float64 else torch.float32
         alpha = torch.full((), float(alpha), dtype=wide, device=input.device)
     if alpha.dim() == 0:
         alpha = alpha.expand(input.shape[min(input.dim() - 1, 1)])
     return _checks.compute_weight(alpha, input)
-
-
-def _require_gamma(gamma: float) -> None:
-    if not gamma >= 0:
-        raise ValueError(f"gamma is {gamma}; expected a number >= 0")
 
 
 class SigmoidFocalLoss(Module):
@@ -355,7 +353,8 @@ class SoftmaxFocalLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        alpha = f"alpha={self.alpha}, ignore_index={self.ignore_index}"
+        return f"gamma={self.gamma}, {alpha}, reduction={self.reduction!r}"
 
 
 class FocalLoss(Module):
@@ -421,7 +420,7 @@ class FocalLoss(Module):
                 self.alpha,
                 self.gamma,
                 reduction,
-                weight=weight,
+                weight=of_classes(weight, true, class_dim),
                 pos_weight=pos_weight,
                 avg_factor=avg_factor,
                 class_dim=class_dim,
@@ -433,12 +432,12 @@ class FocalLoss(Module):
             return _sigmoid_focal(
                 pred, true, weight, pos_weight, *balance, self.gamma, reduction, inplace_backward
             )
-        _require_gamma(self.gamma)
+        _checks.require_exponent("gamma", self.gamma)
         loss = evaluate_anchors(
             _ANCHORS,
             pred,
             true,
-            weight=weight,
+            weight=of_classes(weight, true, class_dim),
             pos_weight=pos_weight,
             alpha_positive=balance[0],
             alpha_negative=balance[1],

@@ -135,7 +135,7 @@ def softmax_focal_loss(
     log_p_y = log_p.gather(class_dim, index.unsqueeze(class_dim)).squeeze(class_dim)
     loss = -_modulation(-torch.expm1(log_p_y), gamma) * log_p_y
     if isinstance(alpha, Tensor):
-        loss = loss * alpha.to(loss.dtype)[index]
+        loss = loss * (alpha if alpha.dim() == 0 else alpha[index]).to(loss.dtype)
     elif alpha is not None:
         loss = loss * alpha
     loss = loss.masked_fill(ignored, 0)

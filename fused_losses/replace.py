@@ -231,17 +231,34 @@ def _disagreement(obj: Any, adapter: Adapter) -> str:
     """Why the adapter's loss is not this criterion's; "" where value and gradient are the same."""
     if _method(type(obj)) in getattr(obj, "__dict__", ()):
         return "its forward is its own"
+    if unknown := _unknown_attributes(obj, adapter):
+        return f"{_name(adapter.fused)} does not know its {', '.join(unknown)}"
     original = getattr(type(obj), _method(type(obj)))
-    try:
-        # A copy: some write to themselves, their alpha in the logits' dtype say.
-        expected = _value_and_gradient(original, copy.copy(obj), adapter.example(obj))
-        fused = _value_and_gradient(adapter.fused, obj, adapter.example(obj))
-        torch.testing.assert_close(fused, expected, **_TOLERANCE.get(expected[1].dtype, {}))
-    except AssertionError:
-        return f"its results are not those of {_name(adapter.fused)}"
-    except Exception as error:
-        return f"it could not be compared with {_name(adapter.fused)}: {error}"
+    for training in (True, False):  # some do one thing there and another here
+        try:
+            # A copy: some write to themselves, their alpha in the logits' dtype say.
+            theirs = copy.copy(obj)
+            if isinstance(theirs, nn.Module):
+                theirs.training = training
+            expected = _value_and_gradient(original, theirs, adapter.example(obj))
+            fused = _value_and_gradient(adapter.fused, obj, adapter.example(obj))
+            torch.testing.assert_close(fused, expected, **_TOLERANCE.get(expected[1].dtype, {}))
+        except AssertionError:
+            return f"its results are not those of {_name(adapter.fused)}"
+        except Exception as error:
+            return f"it could not be compared with {_name(adapter.fused)}: {error}"
     return ""
+
+
+def _unknown_attributes(obj: Any, adapter: Adapter) -> list[str]:
+    """What the original may read, and the adapter does not: an ignore_index or a reduction of its own."""
+    if adapter.others is None:
+        return []
+    own = dict(getattr(obj, "__dict__", {}))
+    if isinstance(obj, nn.Module):
+        own |= obj._parameters | obj._buffers | obj._modules
+    known = {"training", *adapter.attributes, *adapter.others}
+    return sorted(name for name in own if not name.startswith("_") and name not in known)
 
 
 # Tight enough to tell a (1 - p + 1e-6)^gamma from a (1 - p)^gamma.
@@ -285,9 +302,12 @@ def derive(theirs: Any, ours: Any) -> type:
     if isinstance(ours, type):
         return _new_class(theirs.__name__, (theirs, ours), body)
     original = getattr(theirs, _method(theirs))
+    parameters = list(inspect.signature(ours).parameters)[1:]
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) + len(kwargs) > len(parameters) or not kwargs.keys() <= set(parameters[len(args) :]):
+            return original(self, *args, **kwargs)  # with a parameter of its own
         result = ours(self, *args, **kwargs)
         return original(self, *args, **kwargs) if result is NotImplemented else result
 

@@ -258,6 +258,61 @@ def test_keyword_arguments() -> None:
         torch.testing.assert_close(fused(criterion)(**keywords), expected)
 
 
+def test_parameters_of_its_own_go_to_the_original() -> None:
+    class LabelSmoothingCrossEntropy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.smoothing, self.confidence = 0.1, 0.9
+
+        def forward(self, pred: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:
+            return weight * nn.functional.cross_entropy(pred, target, label_smoothing=0.1)
+
+    criterion = LabelSmoothingCrossEntropy()
+    x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    calls = (
+        lambda: criterion(x, target),
+        lambda: criterion(pred=x, target=target),
+        lambda: criterion(x, target, 0.5),
+        lambda: criterion(x, target=target, weight=0.5),
+    )
+    expected = [call() for call in calls]
+    assert replace_criterion(criterion)
+    for call, value in zip(calls, expected, strict=True):
+        torch.testing.assert_close(call(), value)
+
+
+class Smoothing(nn.Module):
+    def __init__(self, **others: Any) -> None:
+        super().__init__()
+        self.smoothing, self.confidence = 0.1, 0.9
+        vars(self).update(others)
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(x, target, label_smoothing=self.smoothing if self.training else 0)
+
+
+class OverRowsWithATarget(nn.Module):
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        each = (-target * x.log_softmax(-1)).sum(-1)
+        return each.sum() / (target.sum(-1) > 0).sum()
+
+
+@pytest.mark.parametrize(
+    ("base", "attributes", "class_name", "why_not"),
+    [
+        (Smoothing, {}, "LabelSmoothingCrossEntropy", "its results are not those"),
+        (Smoothing, {"ignore_index": 3}, "LabelSmoothingCrossEntropy", "does not know its ignore_index"),
+        (OverRowsWithATarget, {}, "SoftTargetCrossEntropy", "its results are not those"),
+    ],
+)
+def test_what_is_alike_and_not_the_same_is_left_alone(
+    base: Any, attributes: dict[str, Any], class_name: str, why_not: str
+) -> None:
+    report = replace_criterion(type(class_name, (base,), {})(**attributes))
+    assert not report
+    assert why_not in str(report)
+
+
 def test_what_an_adapter_does_not_serve_goes_to_the_original() -> None:
     focal = yolov5.FocalLoss(bce())
     changed = timm.LabelSmoothingCrossEntropy()

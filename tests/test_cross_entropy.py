@@ -137,6 +137,16 @@ def test_layouts(
         check(logits, arrange(probabilities(logits), layout), reduction=reduction)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_class_has_nothing_to_learn(weighted: bool) -> None:
+    logits, target = torch.randn(9, 1, requires_grad=True), torch.zeros(9, dtype=torch.int64)
+    weight = torch.rand(1) if weighted else None
+    for reduction in REDUCTIONS:
+        loss = F.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1)
+        assert (loss == 0).all()
+        assert (torch.autograd.grad(loss.sum(), logits)[0] == 0).all()
+
+
 def test_strided_class_indices() -> None:
     logits, index = draw((50, 17), "ordinary", torch.float32)
     strided = torch.stack([index, torch.full_like(index, 99)], 1)[:, 0]

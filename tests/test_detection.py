@@ -326,6 +326,69 @@ def test_avg_factor(dtype: torch.dtype, name: str) -> None:
 
 
 @every_loss
+def test_avg_factor_of_one_element_leaves_a_number(name: str) -> None:
+    logits, target, factor = torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 5), torch.tensor([3.0])
+
+    def loss(x: Tensor) -> Tensor:
+        value: Tensor = LOSSES[name][0](x, target.to(x.dtype), avg_factor=factor, reduction="mean")
+        assert value.shape == ()
+        return value
+
+    leaf = logits.clone().requires_grad_()
+    gradients = torch.autograd.grad(loss(leaf), leaf)[0]
+    assert torch.autograd.gradgradcheck(loss, leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(logits), gradients)
+
+
+@every_loss
+@pytest.mark.parametrize("anchors", [4, 5, 6])
+def test_a_weight_of_one_dimension_is_one_an_anchor(name: str, anchors: int) -> None:
+    """Also where there are as many anchors as classes."""
+    ours = LOSSES[name][0]
+    logits, target = torch.randn(anchors, 5), IndexTarget(torch.randint(5, (anchors,)))
+    each = ours(logits, target, reduction="none")
+    of_anchors, of_classes = torch.rand(anchors), torch.rand(1, 5)
+    torch.testing.assert_close(
+        ours(logits, target, weight=of_anchors, reduction="none"), each * of_anchors.view(-1, 1)
+    )
+    torch.testing.assert_close(ours(logits, target, weight=of_classes, reduction="none"), each * of_classes)
+    if anchors != 5:
+        with pytest.raises(ValueError, match=r"weight.*\(5,\).*\(1, 5\)"):
+            ours(logits, target, weight=of_classes[0])
+
+
+@every_loss
+def test_a_weight_that_would_be_one_an_anchor_and_one_a_class_is_refused(name: str) -> None:
+    ours = LOSSES[name][0]
+    logits, target = torch.randn(3, 3, 3), IndexTarget(torch.randint(3, (3, 3)))
+    weight, each = torch.rand(3, 3), ours(logits, target, reduction="none")
+    with pytest.raises(ValueError, match=r"weight.*\(3, 3, 1\).*\(1, 3, 3\)"):
+        ours(logits, target, weight=weight)
+    for shape in ((3, 3, 1), (1, 3, 3)):
+        explicit = weight.view(shape)
+        weighted = ours(logits, target, weight=explicit, reduction="none")
+        torch.testing.assert_close(weighted, each * explicit)
+    of_classes = torch.rand(3)
+    torch.testing.assert_close(ours(logits, target, weight=of_classes, reduction="none"), each * of_classes)
+
+
+@pytest.mark.parametrize("anchors", [4, 5, 6])
+@pytest.mark.parametrize("class_dim", [-1, 0])
+@pytest.mark.parametrize("focal", [False, True])
+def test_a_criterions_weight_is_one_a_class(anchors: int, class_dim: int, focal: bool) -> None:
+    weight = torch.rand(5)
+    logits, labels = torch.randn(anchors, 5), torch.randint(5, (anchors,))
+    dense = torch_functional.one_hot(labels, 5).float()
+    criterion: Any = fused_losses.BCEWithLogitsLoss(weight, class_dim=class_dim)
+    expected = torch_functional.binary_cross_entropy_with_logits(logits, dense, weight)
+    if focal:
+        criterion = fused_losses.FocalLoss(criterion, gamma=0.0, alpha=0.5)
+        expected = expected / 2
+    given = logits if class_dim == -1 else logits.T
+    torch.testing.assert_close(criterion(given, IndexTarget(labels)), expected)
+
+
+@every_loss
 def test_nothing_to_average(name: str) -> None:
     ours = LOSSES[name][0]
     all_ignored = IndexTarget(torch.full((4,), IGNORED))
@@ -335,7 +398,9 @@ def test_nothing_to_average(name: str) -> None:
     assert elements.dtype == torch.float32
     for logits, target in ((torch.randn(4, 5), all_ignored), (torch.randn(0, 5), nobody)):
         leaf = logits.requires_grad_()
-        assert ours(leaf, target, reduction="mean").isnan()
+        nothing = ours(leaf, target, reduction="mean")
+        assert nothing.isnan()
+        assert (torch.autograd.grad(nothing, leaf)[0] == 0).all()
         assert ours(leaf, target, reduction="sum") == 0
         loss = ours(leaf, target, avg_factor=torch.tensor(0), reduction="mean")
         loss.backward()
@@ -585,7 +650,7 @@ def test_errors(name: str) -> None:
         ),
         (TypeError, "avg_factor.*'3'", lambda: ours(logits, target, avg_factor="3", reduction="mean")),
         (ValueError, "reduction.*avg", lambda: ours(logits, target, reduction="avg")),
-        (ValueError, "weight.*3.*4, 5", lambda: ours(logits, target, weight=torch.ones(3))),
+        (ValueError, r"weight.*3.*\(4,\).*\(1, 5\)", lambda: ours(logits, target, weight=torch.ones(3))),
         (TypeError, "weight.*2.0", lambda: ours(logits, target, weight=2.0)),
         (TypeError, "input.*list", lambda: ours([1.0], target)),
         (ValueError, "input.*int64", lambda: ours(logits.long(), target)),

@@ -33,8 +33,6 @@ def given() -> dict[str, Any]:
     """What every file may use without a word: a classifier of 10 classes, its images and their labels."""
     return {
         "__name__": "example",
-        "torch": torch,
-        "nn": nn,
         "model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
         "images": torch.rand(32, 1, 8, 8),
         "labels": torch.randint(10, (32,)),

@@ -256,6 +256,22 @@ def test_gamma(gamma: float) -> None:
         F.softmax_focal_loss(logits(), index(), gamma=gamma)
 
 
+def test_numbers_that_are_none() -> None:
+    logits, index = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    dense, trained = torch.rand(4, 3), torch.tensor(2.0, requires_grad=True)
+    for argument, call in (
+        ("gamma", lambda: F.sigmoid_focal_loss(logits, dense, gamma=trained)),
+        ("gamma", lambda: F.softmax_focal_loss(logits, index, gamma=trained)),
+        ("gamma", lambda: F.varifocal_loss(logits, dense, gamma=trained)),
+        ("beta", lambda: F.quality_focal_loss(logits, dense, beta=trained)),
+        ("alpha", lambda: F.sigmoid_focal_loss(logits, dense, alpha=[0.25] * 3)),
+        ("alpha", lambda: F.softmax_focal_loss(logits, index, alpha=[0.25] * 3)),
+        ("gamma", lambda: F.sigmoid_focal_loss(logits, dense, gamma="2")),
+    ):
+        with pytest.raises(TypeError, match=f"^{argument} .*expected a number"):
+            call()
+
+
 def test_softmax_focal_alpha() -> None:
     with pytest.raises(ValueError, match=r"alpha.*4.*5"):
         F.softmax_focal_loss(logits(), index(), alpha=torch.ones(4))

@@ -210,6 +210,13 @@ def test_softmax_ignored_rows(gamma: float, dtype: torch.dtype) -> None:
     assert F.softmax_focal_loss(leaf, everything, reduction="sum") == 0
 
 
+def test_softmax_alpha_of_no_dimension() -> None:
+    logits, target, alpha = torch.randn(6, 5), torch.randint(5, (6,)), torch.tensor(0.25)
+    one = F.softmax_focal_loss(logits, target, alpha=0.25)
+    for call in (lambda f: f, torch.func.functionalize):
+        torch.testing.assert_close(call(lambda x: F.softmax_focal_loss(x, target, alpha=alpha))(logits), one)
+
+
 def test_softmax_with_gamma_zero_is_cross_entropy() -> None:
     for dtype in DTYPES:
         logits, index = draw((65, 33), "ordinary", dtype)

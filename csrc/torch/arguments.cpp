@@ -201,7 +201,7 @@ SoftmaxCall softmax_call(const Tensor& logits, const Tensor& given_target, const
   args.ignore_index = options.ignore_index;
   STD_TORCH_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, "label_smoothing is ",
                   options.label_smoothing, "; expected 0 to 1");
-  args.label_smoothing = options.label_smoothing;
+  args.label_smoothing = args.classes == 1 ? 0 : options.label_smoothing;  // which one class has no other to share with
   args.gamma = options.gamma;
   args.count_weights = options.count_weights;
 

@@ -52,8 +52,8 @@ def distribution_focal_loss(
         input: logits of the bins, (bins), (N, bins) or (N, ..., bins), as (N, 4, bins) and (4 N, bins) for the sides of
             N boxes; float32, float64, bfloat16 or float16, any strides.
         target: in [0, bins - 1], the shape of input without its bins; any floating dtype.
-        weight: a factor for each target, or for each of N anchors: broadcasts to target's shape, and (N) goes with
-            (N, 4) too.
+        weight: a factor for each target, or for each of N anchors: broadcasts to target's shape, and beside (N, 4) a
+            weight of one dimension is (N); one for each side is (1, 4).
         reduction: "none" (one value a target), "mean" or "sum". "mean" divides by the number of targets.
         avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads nothing.
         inplace_backward: the gradient overwrites the logits, which saves their size in memory. The logits must
@@ -127,13 +127,15 @@ def _evaluate(
 def _for_each_target(weight: Tensor, target: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is {weight!r}; expected a Tensor or None, not {type(weight).__name__}")
-    if weight.shape != target.shape and weight.shape == target.shape[:-1]:
-        weight = weight.unsqueeze(-1)
-    if not _checks.broadcasts(weight.shape, target.shape):
+    of_anchors = (
+        weight.dim() > 0 and weight.dim() == target.dim() - 1
+    )  # (4) is one for each of 4 anchors, not sides
+    each = weight.unsqueeze(-1) if of_anchors else weight
+    if not _checks.broadcasts(each.shape, target.shape):
         raise ValueError(
             f"weight has {_checks.shape_of(weight)}, which does not broadcast to target's, {tuple(target.shape)}"
         )
-    return weight.expand(target.shape)
+    return each.expand(target.shape)
 
 
 class DistributionFocalLoss(Module):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import reference
+from .. import _checks
 from .._anchors import AvgFactor, anchor_ops, evaluate_anchors
 from .index_target import IndexTarget
 
@@ -45,7 +46,7 @@ def quality_focal_loss(
         beta: how much a right prediction is discounted, >= 0. Gradients are finite for every beta: for one below 1 and
             a soft target they have no limit at s = t, and are 0 there.
         weight: a factor for each element; broadcasts to the shape of input. With an IndexTarget one of the labels'
-            shape is a factor for each anchor.
+            shape is a factor for each anchor, and beside labels (N) one for each class is (1, C).
         reduction: "none" (an element each), "mean" or "sum".
         avg_factor: "mean" divides the sum by this number, or 0-dim tensor, but at least by 1; the host reads
             nothing. Without it "mean" divides by the elements, of anchors not ignored.
@@ -64,8 +65,7 @@ def quality_focal_loss(
 
     Source: Li et al. 2020, Generalized Focal Loss, arXiv:2006.04388.
     """
-    if not beta >= 0:
-        raise ValueError(f"beta is {beta}; expected a number >= 0")
+    _checks.require_exponent("beta", beta)
     return evaluate_anchors(
         _ANCHORS,
         input,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from .. import reference
+from .. import _checks
 from .._anchors import AvgFactor, anchor_ops, evaluate_anchors
 from .index_target import IndexTarget
 
@@ -49,7 +50,7 @@ def varifocal_loss(
         alpha: a factor for the negatives.
         gamma: how much a right negative is discounted, >= 0.
         weight: a factor for each element; broadcasts to the shape of input. With an IndexTarget one of the labels'
-            shape is a factor for each anchor.
+            shape is a factor for each anchor, and beside labels (N) one for each class is (1, C).
         reduction: "none" (an element each), "mean" or "sum".
         iou_weighted: False leaves the factor t of the positives out.
         detach_weight: the gradient takes s^gamma for a constant, as RT-DETR and its family do.
@@ -70,8 +71,7 @@ def varifocal_loss(
 
     Source: Zhang et al. 2021, VarifocalNet, arXiv:2008.13367.
     """
-    if not gamma >= 0:
-        raise ValueError(f"gamma is {gamma}; expected a number >= 0")
+    _checks.require_exponent("gamma", gamma)
     return evaluate_anchors(
         _ANCHORS,
         input,
