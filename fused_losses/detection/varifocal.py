@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from .. import reference
-from .. import _checks
+from .. import _checks, reference
 from .._anchors import AvgFactor, anchor_ops, evaluate_anchors
 from .index_target import IndexTarget
 
