@@ -75,7 +75,7 @@ def evaluate_anchors(
                 return_probabilities=return_probabilities,
             )
     code = _checks.reduction_code(reduction)
-    factor, divisor = avg_factor_of(avg_factor, reduction)
+    factor, divisor = avg_factor_of(avg_factor, reduction, input)
     dim = _class_dim(class_dim, input)
     wide = torch.float64 if input.dtype is torch.float64 else torch.float32
 
@@ -131,7 +131,7 @@ def _writing_to(loss: LossOps, probabilities: Tensor) -> LossOps:
     return dataclasses.replace(loss, forward=forward, train=train, train_=train_, number=None)
 
 
-def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None, float]:
+def avg_factor_of(avg_factor: AvgFactor, reduction: str, input: Tensor) -> tuple[Tensor | None, float]:
     """What a mean divides by, as a tensor on its device or as a number (0: the mean's own)."""
     if avg_factor is None:
         return None, 0.0
@@ -142,7 +142,9 @@ def avg_factor_of(avg_factor: AvgFactor, reduction: str) -> tuple[Tensor | None,
             raise ValueError(
                 f"avg_factor has {_checks.shape_of(avg_factor)}; expected a number or a 0-dim Tensor"
             )
-        return avg_factor.to(torch.float64).reshape(()), 0.0
+        if not avg_factor.is_cpu or input.is_cpu or avg_factor.requires_grad or torch.compiler.is_compiling():
+            return avg_factor.to(torch.float64).reshape(()), 0.0
+        avg_factor = float(avg_factor)  # beside logits on a device: the host has it, and nothing waits
     if isinstance(avg_factor, Real):
         return None, float("nan") if avg_factor != avg_factor else max(float(avg_factor), 1.0)
     raise TypeError(f"avg_factor is {avg_factor!r}; expected a number or a 0-dim Tensor")

@@ -191,13 +191,15 @@ def evaluate_eagerly(
     loss: LossOps, inplace: bool, stored: bool, input: Tensor, tensors: Tensors, options: Options
 ) -> Tensor:
     """`evaluate`, for a call that is `plain` (_checks.py)."""
-    if not (input.requires_grad and _recording()):
-        return loss.forward(input, *tensors, *options)
-    inplace = inplace and _is_overwritable(input, tensors)
+    recorded = input.requires_grad and _recording()
+    inplace = recorded and inplace and _is_overwritable(input, tensors)
     result: Any
     if native_autograd is not None and loss.number is not None and not inplace:
-        compiled = native_autograd.stored if stored else native_autograd.recomputed
+        recording = native_autograd.stored if stored else native_autograd.recomputed
+        compiled = recording if recorded else native_autograd.unrecorded
         result = compiled(loss.number, input, tensors, options)
+    elif not recorded:
+        result = loss.forward(input, *tensors, *options)
     elif not stored:
         result = _recomputed(loss, inplace, input, tensors, options)
     elif inplace:

@@ -67,7 +67,7 @@ def reduction_code(reduction: str) -> int:
 
 
 def require_number(name: str, value: Any) -> None:
-    if not hasattr(value, "__float__"):
+    if not _compiling() and not hasattr(value, "__float__"):
         raise TypeError(f"{name} is {value!r}; expected a number")
 
 
@@ -259,6 +259,8 @@ def compute_weight(weight: Tensor | None, input: Tensor) -> Tensor | None:
     if weight is None:
         return None
     wide = torch.float64 if input.dtype is torch.float64 else torch.float32
+    if weight.dtype is wide and weight.is_contiguous():
+        return weight
     return weight.to(wide).contiguous()
 
 

@@ -341,6 +341,15 @@ def test_avg_factor_of_one_element_leaves_a_number(name: str) -> None:
 
 
 @every_loss
+def test_avg_factor_of_the_host_beside_logits_of_a_device(name: str) -> None:
+    logits, target = torch.randn(4, 5, device="meta"), torch.rand(4, 5, device="meta")
+    for factor in (torch.tensor(3), torch.tensor([3.0])):
+        loss = LOSSES[name][0](logits, target, avg_factor=factor, reduction="mean")
+        assert loss.is_meta
+        assert loss.shape == ()
+
+
+@every_loss
 @pytest.mark.parametrize("anchors", [4, 5, 6])
 def test_a_weight_of_one_dimension_is_one_an_anchor(name: str, anchors: int) -> None:
     """Also where there are as many anchors as classes."""

@@ -181,6 +181,13 @@ struct RecomputedBackward : torch::autograd::Function<RecomputedBackward> {
   }
 };
 
+// No node, where nothing is recorded: not by way of Python either.
+struct Unrecorded {
+  static Tensor apply(const Tensor& /*input*/, const Call& call) {
+    return run(loss_of(call.options).forward, call)[0].toTensor();
+  }
+};
+
 static Tensor tensor_or_none(PyObject* argument) {
   if (argument == Py_None) return {};
   if (!THPVariable_Check(argument))
@@ -246,6 +253,8 @@ static PyMethodDef functions[] = {
     {"stored", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&evaluate<StoredBackward>)), METH_FASTCALL,
      nullptr},
     {"recomputed", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&evaluate<RecomputedBackward>)), METH_FASTCALL,
+     nullptr},
+    {"unrecorded", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&evaluate<Unrecorded>)), METH_FASTCALL,
      nullptr},
     {nullptr, nullptr, 0, nullptr}};
 

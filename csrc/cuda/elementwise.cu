@@ -7,7 +7,9 @@
 namespace fused_losses::cuda {
 namespace {
 
-constexpr int64_t kMaxBlocks = 2048;  // a few for every multiprocessor there is
+// At most in a grid: whole waves of the two, three or four that a multiprocessor takes at a time. In a part of a wave
+// the last elements would have few loads under way.
+constexpr int64_t kBlocksAMultiprocessor = 12;
 constexpr int64_t kElementsAThread = 8;  // at least, so that small losses have few partial sums
 
 __global__ void __launch_bounds__(kThreads) encode_kernel(const LabelArgs a, int64_t anchors, double* counts) {
@@ -34,27 +36,26 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const LabelArgs a, int
 constexpr int kFinishThreads = 512;
 
 template <class S>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const ElementwiseBuffers b, int64_t blocks, double factor, S* loss) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const ElementwiseBuffers b, double factor, S* loss) {
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const double denominator = denominator_of(b, scratch);
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < blocks; i += kFinishThreads) sum += b.partial[i];
+  for (int64_t i = threadIdx.x; i < b.blocks; i += kFinishThreads) sum += b.partial[i];
   sum = block_sum(sum, scratch);
   if (threadIdx.x == 0) *loss = Narrow<S>::from(static_cast<typename ComputeOf<S>::T>(sum * factor / denominator));
 }
 
 template <class S>
-cudaError_t launch_finish(const ElementwiseBuffers& b, int64_t blocks, double factor, void* loss, cudaStream_t stream) {
-  return launch(finish_kernel<S>, 1, kFinishThreads, 1, kFinishThreads / kWarp * sizeof(double), stream, b, blocks,
-                factor, static_cast<S*>(loss));
+cudaError_t launch_finish(const ElementwiseBuffers& b, double factor, void* loss, cudaStream_t stream) {
+  return launch(finish_kernel<S>, 1, kFinishThreads, 1, kFinishThreads / kWarp * sizeof(double), stream, b, factor,
+                static_cast<S*>(loss));
 }
 
 }  // namespace
 
-int64_t elementwise_blocks(int64_t count) {
+int64_t elementwise_blocks(int64_t count, int multiprocessors) {
   constexpr int64_t elements = kThreads * kElementsAThread;
-  return std::clamp((count + elements - 1) / elements, int64_t{1}, kMaxBlocks);
+  return std::min((count + elements - 1) / elements, multiprocessors * kBlocksAMultiprocessor);
 }
 int64_t encode_blocks(int64_t anchors) {
   constexpr int64_t most = 256;  // every block of the loss adds the counts up
@@ -76,15 +77,14 @@ cudaError_t elementwise(const ElementwiseArgs& a, int64_t count, const Elementwi
   return elementwise_f32(a, count, b, stream);
 }
 
-cudaError_t finish(const ElementwiseBuffers& b, int64_t blocks, double factor, void* loss, DType dtype,
-                   cudaStream_t stream) {
+cudaError_t finish(const ElementwiseBuffers& b, double factor, void* loss, DType dtype, cudaStream_t stream) {
   switch (dtype) {
-    case DType::f64: return launch_finish<double>(b, blocks, factor, loss, stream);
-    case DType::bf16: return launch_finish<bf16>(b, blocks, factor, loss, stream);
-    case DType::f16: return launch_finish<f16>(b, blocks, factor, loss, stream);
+    case DType::f64: return launch_finish<double>(b, factor, loss, stream);
+    case DType::bf16: return launch_finish<bf16>(b, factor, loss, stream);
+    case DType::f16: return launch_finish<f16>(b, factor, loss, stream);
     case DType::f32: break;
   }
-  return launch_finish<float>(b, blocks, factor, loss, stream);
+  return launch_finish<float>(b, factor, loss, stream);
 }
 
 }  // namespace fused_losses::cuda

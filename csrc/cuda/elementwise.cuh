@@ -276,7 +276,7 @@ template <class Loss, class S, class O = S>
 cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const ElementwiseBuffers& b, cudaStream_t stream) {
   bool packed = true;
   for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability}) packed &= can_pack(*o);
-  const auto blocks = static_cast<unsigned>(elementwise_blocks(count));
+  const auto blocks = static_cast<unsigned>(b.blocks);
   constexpr size_t shared = kThreads / kWarp * sizeof(double);
   bool plain = !a.index.code && !b.avg_factor;
   for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})

@@ -6,15 +6,16 @@
 
 namespace fused_losses::cuda {
 
-// Blocks the launch will have: so many doubles are its partial sums.
-int64_t elementwise_blocks(int64_t count);
+// The blocks of a launch for `count` elements.
+int64_t elementwise_blocks(int64_t count, int multiprocessors);
 // Blocks of encode_labels: so many doubles are its counts.
 int64_t encode_blocks(int64_t anchors);
 
 // On the device; nullptr: absent.
 struct ElementwiseBuffers {
   const void* scalar_upstream;  // one element of args.value_dtype
-  double* partial;              // [elementwise_blocks(count)] the blocks' sums of the values
+  int64_t blocks;               // of the launch, or 0 without elements
+  double* partial;              // [blocks] their sums of the values
   const double* avg_factor;     // one element: the mean divides by it, at least by 1, ...
   double* counts;               // [count_blocks] ... or by the anchors not ignored,
   int64_t count_blocks;
@@ -31,8 +32,7 @@ cudaError_t elementwise(const ElementwiseArgs& args, int64_t count, const Elemen
 using ElementwiseOfDType = cudaError_t(const ElementwiseArgs&, int64_t, const ElementwiseBuffers&, cudaStream_t);
 ElementwiseOfDType elementwise_f32, elementwise_f64, elementwise_bf16, elementwise_f16;
 
-// loss [1] of `dtype` = (sum of partial [blocks], in their order) * factor, divided as the gradient is.
-cudaError_t finish(const ElementwiseBuffers& buffers, int64_t blocks, double factor, void* loss, DType dtype,
-                   cudaStream_t stream);
+// loss [1] of `dtype` = (sum of partial, in the blocks' order) * factor, divided as the gradient is.
+cudaError_t finish(const ElementwiseBuffers& buffers, double factor, void* loss, DType dtype, cudaStream_t stream);
 
 }  // namespace fused_losses::cuda

@@ -93,9 +93,10 @@ __device__ __forceinline__ unsigned cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
   return n;
 }
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-}
+// A barrier in two halves: who has waited may rely on what all others did before they arrived. To arrive is to wait for
+// one's own stores to be done: between a row's gradient and the next row it would stop the stream of both.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 // The address in the cluster's shared memory of what stands at `own` here, in block `rank`.
 template <class P>
 __device__ __forceinline__ P* in_block(P* own, unsigned rank) {
@@ -106,7 +107,8 @@ __device__ __forceinline__ P* in_block(P* own, unsigned rank) {
 #else
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
-__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 template <class P>
 __device__ __forceinline__ P* in_block(P* own, unsigned) {
   return own;

@@ -464,8 +464,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     s = merge_lanes<dense>(warp_stats[lane % warps], warps);
     if (blocks > 1) {
       if (threadIdx.x == 0) *block_stats = s;
-      cluster_sync();  // every block's sums are there
+      cluster_arrive();
+      cluster_wait();  // every block's sums are there
       s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));
+      cluster_arrive();  // has read the others', and touches from here on what is its own
     }
 
     RowGradient<T> gradient{};
@@ -509,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     // The next row overwrites what other threads, and other blocks of the cluster, may still be reading; and a block
     // that ends takes its shared memory along.
     if (blocks > 1) {
-      cluster_sync();
+      cluster_wait();
     } else {
       __syncthreads();
     }

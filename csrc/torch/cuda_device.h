@@ -40,7 +40,14 @@ class OnDevice {
  private:
   int index_;
   torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
 #endif
+  int multiprocessors() const {
+    int count = 0;
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index()), "cudaDeviceGetAttribute");
+    return count;
+  }
 };
 
 // `tensor`, if there is one, is where `like` is: a kernel that reads the host's memory takes the process down.

@@ -23,10 +23,11 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   ElementwiseArgs& args = call.args;
   const bool forward = upstream == nullptr, none = options.reduction == Reduction::none;
   const bool mean = options.reduction == Reduction::mean, reduced = forward && !none;
-  const int64_t count = input.numel(), blocks = cuda::elementwise_blocks(count);
+  const int64_t count = input.numel(), blocks = cuda::elementwise_blocks(count, device.multiprocessors());
   const bool indexed = args.index.code, by_avg_factor = mean && options.avg_factor && options.divisor == 0;
   const bool by_count = mean && indexed && !by_avg_factor && options.divisor == 0;
   cuda::ElementwiseBuffers buffers{};
+  buffers.blocks = blocks;
   OptionalTensor doubles, value = call.value;
   const int64_t counts = indexed ? cuda::encode_blocks(call.anchors) : 0;
   if (reduced || indexed) doubles = empty_doubles(blocks + counts, input);
@@ -56,8 +57,7 @@ Tensor run(Elementwise loss, const Tensor& input, const Tensor& target, const El
   if (count > 0) check(cuda::elementwise(args, count, buffers, device.stream()), "element-wise loss");
   if (reduced) {
     // The mean of nothing is 0 times infinity, or 0 by 0: nan, as in torch.
-    check(cuda::finish(buffers, count > 0 ? blocks : 0, factor, value->data_ptr(), args.value_dtype, device.stream()),
-          "element-wise loss");
+    check(cuda::finish(buffers, factor, value->data_ptr(), args.value_dtype, device.stream()), "element-wise loss");
   }
   return forward ? *value : *upstream;
 }

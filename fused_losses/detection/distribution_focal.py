@@ -99,7 +99,7 @@ def _evaluate(
     inplace_backward: bool,
 ) -> Tensor:
     code = _checks.reduction_code(reduction)
-    factor, divisor = avg_factor_of(avg_factor, reduction)
+    factor, divisor = avg_factor_of(avg_factor, reduction, input)
     if input.dtype not in _checks.DTYPES:
         raise ValueError(f"input has dtype {input.dtype}; expected float32, float64, bfloat16 or float16")
     if input.dim() == 0 or input.shape[-1] == 0:

@@ -40,7 +40,7 @@ MUTANTS = [
     (
         "no cluster barrier before the blocks' sums are read",
         "cuda/softmax.cu",
-        "      cluster_sync();  // every block's sums are there",
+        "      cluster_arrive();\n      cluster_wait();  // every block's sums are there",
         "      // every block's sums are there",
     ),
     (
@@ -52,8 +52,14 @@ MUTANTS = [
     (
         "a block leaves the cluster while others read its sums",
         "cuda/softmax.cu",
-        "    if (blocks > 1) {\n      cluster_sync();\n    } else {\n      __syncthreads();\n    }",
+        "    if (blocks > 1) {\n      cluster_wait();\n    } else {\n      __syncthreads();\n    }",
         "    __syncthreads();",
+    ),
+    (
+        "a block says that it has read the others' sums before it does",
+        "cuda/softmax.cu",
+        "      s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));\n      cluster_arrive();",
+        "      cluster_arrive();\n      s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));",
     ),
     (
         "no wait for the copies to shared memory",

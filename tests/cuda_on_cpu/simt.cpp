@@ -74,7 +74,7 @@ struct Fiber {
   uint64_t value;
   int distance;
   void* as_thread = new_thread();
-  unsigned block_barriers, cluster_barriers, warp_barriers;  // it has passed
+  unsigned block_barriers, cluster_barriers, warp_barriers;  // it has come to
   std::vector<std::pair<void*, const void*>> copies;  // asked for and not waited for
   Fiber() = default;
   ~Fiber() { end_thread(as_thread); }
@@ -183,13 +183,28 @@ bool release(size_t first, size_t last, State state) {
   return true;
 }
 
+// Lets the fibers go on that wait for no more arrivals than there were. Who is done has arrived.
+bool release_from_cluster() {
+  bool any = false;
+  for (const auto& waiting : machine.fibers) {
+    if (waiting->state != State::at_cluster_barrier) continue;
+    const auto arrived = [&](const auto& other) {
+      return other->state == State::done || other->cluster_barriers >= waiting->cluster_barriers;
+    };
+    if (!std::all_of(machine.fibers.begin(), machine.fibers.end(), arrived)) continue;
+    waiting->state = State::ready;
+    any = true;
+  }
+  return any;
+}
+
 bool release_some() {
   const size_t all = machine.fibers.size(), threads = machine.threads.x;
   bool any = false;
   for (size_t first = 0; first < all; first += kWarp)
     any |= release(first, std::min<size_t>(first + kWarp, all), State::in_exchange);
   for (size_t first = 0; first < all; first += threads) any |= release(first, first + threads, State::at_block_barrier);
-  return any | release(0, all, State::at_cluster_barrier);
+  return any | release_from_cluster();
 }
 
 void run_cluster(unsigned first_block, size_t shared) {
@@ -235,6 +250,7 @@ void run_cluster(unsigned first_block, size_t shared) {
       const size_t block = ahead / threads * threads;
       collect(block, block + threads);
       if (ready.empty() && release(block, block + threads, State::at_block_barrier)) collect(block, block + threads);
+      if (ready.empty() && release_from_cluster()) collect(block, block + threads);
       if (ready.empty()) collect(0, all);
       if (ready.empty()) {
         if (release_some()) continue;
@@ -269,8 +285,10 @@ Index& grid_size() { return machine.grid; }
 void sync_block() {
   wait_at(block_of(machine.current->rank).barrier, &machine.current->block_barriers, State::at_block_barrier);
 }
-void sync_cluster() {
-  wait_at(block_of(0).cluster_barrier, &machine.current->cluster_barriers, State::at_cluster_barrier);
+void arrive_at_cluster() { publish(&block_of(0).cluster_barrier.events[machine.current->cluster_barriers++ % 2]); }
+void wait_for_cluster() {
+  wait_as(State::at_cluster_barrier);
+  see(&block_of(0).cluster_barrier.events[(machine.current->cluster_barriers - 1) % 2]);
 }
 void sync_warp() {
   Fiber& self = *machine.current;

@@ -34,7 +34,8 @@ Index& block_size();
 Index& grid_size();
 
 void sync_block();
-void sync_cluster();
+void arrive_at_cluster();
+void wait_for_cluster();
 void sync_warp();
 // What the lane at `xor`-distance gave, once every lane of the warp has come here with a value. It orders nothing else.
 uint64_t exchange(uint64_t value, int distance);
@@ -120,7 +121,8 @@ inline void wait_for_copies() { simt::wait_for_copies(); }
 inline char* shared_memory() { return simt::shared_memory(); }
 inline unsigned cluster_size() { return simt::cluster_size(); }
 inline unsigned cluster_rank() { return simt::cluster_rank(); }
-inline void cluster_sync() { simt::sync_cluster(); }
+inline void cluster_arrive() { simt::arrive_at_cluster(); }
+inline void cluster_wait() { simt::wait_for_cluster(); }
 template <class P>
 P* in_block(P* own, unsigned rank) {
   return reinterpret_cast<P*>(simt::shared_memory_of(rank) + (reinterpret_cast<char*>(own) - simt::shared_memory()));
