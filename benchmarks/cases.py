@@ -37,6 +37,8 @@ SUITES: dict[str, list[str]] = {
     ],
     "segmentation": [
         "ce:N=2,C=19,H=256,W=512,ignore_index=255",
+        "ce:N=2,C=19,H=256,W=512,dtype=bf16,ignore_index=255",
+        "ce:N=8,C=2,H=224,W=224",
     ],
     "detection": [
         "bce_logits:N=8,A=8400,C=80",

@@ -91,6 +91,13 @@ def test_long_rows(classes: int, dtype: torch.dtype, kind: str, gpu: str) -> Non
     check_cross_entropy(logits, **softmax_options(kind, logits, index))
 
 
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_clusters_that_take_row_after_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSED_LOSSES_SIMT_MULTIPROCESSOR", "11400")  # room for 1100 floats in two blocks
+    logits, index = draw((40, 1100), "ordinary", torch.float32)
+    check_cross_entropy(logits, **softmax_options(kind, logits, index))
+
+
 @pytest.mark.parametrize("kind", ["confident", "extreme", "minus infinity first"])
 @pytest.mark.parametrize("shape", [(65, 33), (4, 1100), (3, 9, 5)])
 def test_confident_and_extreme_logits(shape: tuple[int, ...], kind: str) -> None:
@@ -460,7 +467,8 @@ LAYOUTS = "layouts and (5-index or 1030)"
 CHOSEN = {
     "address": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place and 1100 or empty or stops and 3"
     " or cost_layouts or edges",
-    "thread": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place or pairwise and 31 or many_targets",
+    "thread": f"{LAYOUTS} or long_rows and 16387-bfloat16 or in_place or pairwise and 31 or many_targets"
+    " or row_after_row and index",
 }
 
 

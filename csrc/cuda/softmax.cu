@@ -461,13 +461,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : kBlocksAtOnce)
     const unsigned lane = threadIdx.x % kWarp;
     if (lane == 0) warp_stats[threadIdx.x / kWarp] = s;
     __syncthreads();  // every warp's sums are there, and (in place) every thread has read the target's logit
-    s = merge_lanes<dense>(warp_stats[lane % warps], warps);
+    s = warp_stats[lane % warps];  // not as an argument: ThreadSanitizer does not see what is copied for one
+    s = merge_lanes<dense>(s, warps);
     if (blocks > 1) {
       if (threadIdx.x == 0) *block_stats = s;
       cluster_arrive();
       cluster_wait();  // every block's sums are there
-      s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));
+      s = *in_block(block_stats, lane % blocks);
       cluster_arrive();  // has read the others', and touches from here on what is its own
+      s = merge_lanes<dense>(s, static_cast<int>(blocks));
     }
 
     RowGradient<T> gradient{};

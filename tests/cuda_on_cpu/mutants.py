@@ -56,12 +56,6 @@ MUTANTS = [
         "    __syncthreads();",
     ),
     (
-        "a block says that it has read the others' sums before it does",
-        "cuda/softmax.cu",
-        "      s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));\n      cluster_arrive();",
-        "      cluster_arrive();\n      s = merge_lanes<dense>(*in_block(block_stats, lane % blocks), static_cast<int>(blocks));",
-    ),
-    (
         "no wait for the copies to shared memory",
         "cuda/softmax.cu",
         "      wait_for_copies();\n",
@@ -208,6 +202,12 @@ RACES = [
         "cuda/distribution_focal.cu",
         "    __syncwarp();  // in place, the gradient overwrites a neighbour's logit that other lanes have read\n",
         "",
+    ),
+    (
+        "a block says that it has read the others' sums before it does",
+        "cuda/softmax.cu",
+        "      s = *in_block(block_stats, lane % blocks);\n      cluster_arrive();",
+        "      cluster_arrive();\n      s = *in_block(block_stats, lane % blocks);",
     ),
 ]
 

@@ -363,7 +363,8 @@ cudaError_t run(const std::function<void()>& kernel, unsigned blocks, unsigned t
 
 const char* cudaGetErrorString(cudaError_t) { return simt::machine.error.c_str(); }
 
-// FUSED_LOSSES_SIMT_CAPABILITY: the major compute capability, with or without clusters.
+// FUSED_LOSSES_SIMT_CAPABILITY: the major compute capability, with or without clusters. FUSED_LOSSES_SIMT_SHARED and
+// FUSED_LOSSES_SIMT_MULTIPROCESSOR: bytes of shared memory for a block and for all of a multiprocessor's.
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto from = [](const char* variable, int otherwise) {
     const char* text = std::getenv(variable);
@@ -371,7 +372,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   };
   switch (attribute) {
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = from("FUSED_LOSSES_SIMT_SHARED", 99 << 10); break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 150 << 10; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = from("FUSED_LOSSES_SIMT_MULTIPROCESSOR", 150 << 10);
+      break;
     case cudaDevAttrMultiProcessorCount: *value = 1; break;
     case cudaDevAttrComputeCapabilityMajor: *value = from("FUSED_LOSSES_SIMT_CAPABILITY", 9); break;
   }
