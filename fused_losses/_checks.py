@@ -42,6 +42,10 @@ _dynamo_compiling = torch.compiler.is_dynamo_compiling  # it alone gets as far a
 _tracing = torch._C._is_tracing
 
 
+def _exporting() -> bool:
+    return torch.compiler._is_exporting_flag  # is_exporting() is True in every graph that torch 2.11 compiles
+
+
 def pass_on(error: Exception) -> None:
     """Raises an error that comes from a frame of somebody else's, a hook on saved tensors or a mode: only the op's own
     are looked into."""
@@ -162,7 +166,7 @@ def reachable(input: Tensor, *others: Tensor | None, ops: LossOps | None = None)
         or input.layout is not torch.strided
         or input.dim() > _MAX_DIMS
         or (input.dtype in HALVES and not (ops is not None and ops.wide) and autocasts(input))
-        or torch.compiler.is_exporting()
+        or _exporting()
         or _transforming()
         or forward_ad._current_level >= 0
         or (not _compiling() and _tracing())
@@ -199,7 +203,7 @@ def _why_unreachable(input: Tensor, others: Sequence[Tensor | None]) -> str:
         return f"input has more than {_MAX_DIMS} dimensions"
     if input.dtype in HALVES and autocasts(input):
         return "autocast is enabled"
-    if torch.compiler.is_exporting():
+    if _exporting():
         return "torch.export is recording"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
