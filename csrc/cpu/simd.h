@@ -424,9 +424,7 @@ FL_FN vl load_indices(const int64_t* p, int64_t odd, int64_t instead, vl) {
   return y == odd ? vl{} + instead : y;
 }
 FL_FN half_vf low_words(vl y) {
-#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 64
-  return bits<half_vf>(_mm512_maskz_cvtepi64_epi32(0xff, bits<__m512i>(y)));
-#elif FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
+#if FUSED_LOSSES_X86 && FUSED_LOSSES_VECTOR_BYTES == 32
   const vf words = bits<vf>(y);
   return bits<half_vf>(_mm_shuffle_ps(bits<__m128>(low_half(words)), bits<__m128>(high_half(words)), 0x88));
 #else
