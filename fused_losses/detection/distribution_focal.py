@@ -127,9 +127,8 @@ def _evaluate(
 def _for_each_target(weight: Tensor, target: Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight is {weight!r}; expected a Tensor or None, not {type(weight).__name__}")
-    of_anchors = (
-        weight.dim() > 0 and weight.dim() == target.dim() - 1
-    )  # (4) is one for each of 4 anchors, not sides
+    # (4) beside (4, 4) is one for each anchor, not for each side
+    of_anchors = weight.dim() > 0 and weight.dim() == target.dim() - 1
     each = weight.unsqueeze(-1) if of_anchors else weight
     if not _checks.broadcasts(each.shape, target.shape):
         raise ValueError(

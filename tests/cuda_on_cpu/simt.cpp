@@ -185,14 +185,13 @@ bool release(size_t first, size_t last, State state) {
 
 // Lets the fibers go on that wait for no more arrivals than there were. Who is done has arrived.
 bool release_from_cluster() {
+  unsigned arrived = ~0u;
+  for (const auto& fiber : machine.fibers)
+    if (fiber->state != State::done) arrived = std::min(arrived, fiber->cluster_barriers);
   bool any = false;
-  for (const auto& waiting : machine.fibers) {
-    if (waiting->state != State::at_cluster_barrier) continue;
-    const auto arrived = [&](const auto& other) {
-      return other->state == State::done || other->cluster_barriers >= waiting->cluster_barriers;
-    };
-    if (!std::all_of(machine.fibers.begin(), machine.fibers.end(), arrived)) continue;
-    waiting->state = State::ready;
+  for (const auto& fiber : machine.fibers) {
+    if (fiber->state != State::at_cluster_barrier || fiber->cluster_barriers > arrived) continue;
+    fiber->state = State::ready;
     any = true;
   }
   return any;
