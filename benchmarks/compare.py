@@ -129,8 +129,9 @@ def _choose_cases(options: argparse.Namespace) -> None:
 
 def _require_served(case: Case) -> None:
     """Ends now what the loss would refuse after other cases have been measured."""
+    small = case.small()
     try:
-        Call(case.small(), "fused", case.small().inputs("cpu"))()
+        Call(small, "fused", small.inputs("cpu"))()
     except (RuntimeError, ValueError) as error:
         raise CaseError(f"case {case.spec!r}: {error}") from None
 

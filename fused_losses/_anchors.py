@@ -157,10 +157,6 @@ def of_classes(weight: Tensor | None, target: Any, class_dim: int) -> Tensor | N
     return weight.unsqueeze(0 if class_dim in (-1, 1) else 1)
 
 
-def _class_shape(input: Tensor, dim: int) -> list[int]:
-    return [size if d == dim else 1 for d, size in enumerate(input.shape)]
-
-
 def _class_dim(class_dim: int, input: Tensor) -> int:
     dims = max(input.dim(), 1)
     if not -dims <= class_dim < dims:
@@ -177,9 +173,10 @@ def _arrange(
     if not isinstance(factors, Tensor):
         raise TypeError(f"{name} is {factors!r}; expected a Tensor or None, not {type(factors).__name__}")
     if anchors is not None and len(anchors) == 1 == factors.dim() and factors.shape[0] not in (1, *anchors):
+        one_a_class = tuple(size if d == dim else 1 for d, size in enumerate(input.shape))
         raise ValueError(
             f"{name} has {_checks.shape_of(factors)}; beside labels of shape {tuple(anchors)} expected theirs, or for a "
-            f"factor each class that of {tuple(_class_shape(input, dim))}"
+            f"factor each class that of {one_a_class}"
         )
     if anchors is not None and factors.shape == anchors:
         alone = (1,) * (input.dim() - factors.dim()) + tuple(factors.shape)

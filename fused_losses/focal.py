@@ -353,8 +353,10 @@ class SoftmaxFocalLoss(Module):
         )
 
     def extra_repr(self) -> str:
-        alpha = f"alpha={self.alpha}, ignore_index={self.ignore_index}"
-        return f"gamma={self.gamma}, {alpha}, reduction={self.reduction!r}"
+        return (
+            f"gamma={self.gamma}, alpha={self.alpha}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )
 
 
 class FocalLoss(Module):
