@@ -100,9 +100,9 @@ def index_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def dense_target(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
-    """A detector after its warm-up: few positives, logits around the customary prior of one in a hundred."""
-    logits = 2 * torch.randn(case.shape, generator=random) - 4.6
-    return logits, (torch.rand(case.shape, generator=random) < 0.01).float()
+    """The same targets as of anchors(), each a row with a number for every class."""
+    logits, labels, _ = anchors(case, random)
+    return logits, IndexTarget(labels).dense(case.shape[-1])[0]
 
 
 def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
@@ -111,7 +111,8 @@ def probabilities(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
 
 
 def anchors(case: Case, random: torch.Generator) -> tuple[Tensor, ...]:
-    """A class and a quality an anchor: one in a hundred is a positive, the others' class is -1."""
+    """A detector after its warm-up: logits around the customary prior of one in a hundred, and as many anchors with an
+    object. A class and a quality an anchor; the others' class is -1."""
     logits = 2 * torch.randn(case.shape, generator=random) - 4.6
     positive = torch.rand(case.shape[:-1], generator=random) < 0.01
     labels = torch.randint(case.dims["C"], case.shape[:-1], generator=random).where(positive, -1)
