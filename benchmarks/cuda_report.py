@@ -150,24 +150,53 @@ def every_kernel(architecture: str, folder: Path) -> list[Kernel]:
 # -- SASS ------------------------------------------------------------------------------------------------------
 
 
-def loops(sass: str) -> Iterator[tuple[str, list[str]]]:
-    """(kernel, opcodes) of every loop body without another loop in it."""
+@dataclass
+class Loop:
+    """A loop body without another loop in it."""
+
+    kernel: str
+    opcodes: list[str]
+    voted: list[
+        tuple[int, int]
+    ]  # what a warp's vote chooses between: instructions of the longer and the shorter way
+
+    def instructions(self, shorter: bool) -> int:
+        return len(self.opcodes) - sum(way[0 if shorter else 1] for way in self.voted)
+
+
+def ways(jumps: dict[int, int], opcodes: list[str], vote: int) -> tuple[int, int] | None:
+    """A vote, a branch over the first way, and at its end a jump over the second."""
+    branch = next((at for at in range(vote, vote + 4) if at in jumps), None)
+    if branch is None or jumps[branch] - 1 not in jumps:
+        return None
+    second = jumps[branch]
+    lengths = second - branch - 1, jumps[second - 1] - second
+    return max(lengths), min(lengths)
+
+
+def loops(sass: str) -> Iterator[Loop]:
     parts = re.split(r"\n\.text\.(\S+):\n", sass)
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         opcodes: list[str] = []
         labels: dict[str, int] = {}
         spans: list[tuple[int, int]] = []
+        targets: dict[int, str] = {}
         for line in body.splitlines():
             if label := re.match(r"(\.L_x_\d+):", line):
                 labels[label[1]] = len(opcodes)
             elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)", line):
                 opcodes.append(instruction[1].rstrip(";"))
                 target = re.search(r"\((\.L_x_\d+)\)", instruction[2])
-                if opcodes[-1].startswith("BRA") and target and target[1] in labels:
-                    spans.append((labels[target[1]], len(opcodes)))
+                if opcodes[-1] == "BRA" and target:
+                    targets[len(opcodes) - 1] = target[1]
+                    if target[1] in labels:
+                        spans.append((labels[target[1]], len(opcodes)))
+        jumps = {at: labels[label] for at, label in targets.items() if label in labels}
         for begin, end in spans:
             if not any(begin <= other[0] and other[1] <= end and other != (begin, end) for other in spans):
-                yield name, opcodes[begin:end]
+                votes = [at for at in range(begin, end) if opcodes[at].startswith("VOTE.ANY")]
+                voted = [way for vote in votes if (way := ways(jumps, opcodes, vote))]
+                yield Loop(name, opcodes[begin:end], voted)
 
 
 def instructions_an_element(architecture: str, folder: Path) -> dict[str, float]:
@@ -180,15 +209,17 @@ def instructions_an_element(architecture: str, folder: Path) -> dict[str, float]
         cubin, _ = compiled(source, architecture, folder)
         sass = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
         found = list(loops(sass))
-        for name, (_, opcodes) in zip(demangle([name for name, _ in found]), found, strict=True):
-            stores = sum(opcode.startswith("STG.E.128") for opcode in opcodes)
-            loads = sum(opcode.startswith(("LDS.128",)) for opcode in opcodes)
+        for name, loop in zip(demangle([loop.kernel for loop in found]), found, strict=True):
+            stores = sum(opcode.startswith("STG.E.128") for opcode in loop.opcodes)
+            loads = sum(opcode.startswith("LDS.128") for opcode in loop.opcodes)
             size = {"fp32": 4, "bf16": 8, "fp16": 8, "fp64": 2}.get(Kernel(name, 0, 0, 0).dtype, 0)
-            packs = stores or (loads if "softmax_block" in name and "MUFU.EX2" in opcodes else 0)
-            if packs and size:
-                key = f"{name} {'out' if stores else 'in'}"
+            packs = stores or (loads if "softmax_block" in name and "MUFU.EX2" in loop.opcodes else 0)
+            if not packs or not size:
+                continue
+            for shorter in (False, True) if loop.voted else (False,):
+                key = f"{name} {'zeros' if shorter else 'out' if stores else 'in'}"
                 # of several loops the unrolled one
-                result[key] = min(result.get(key, 1e9), len(opcodes) / packs / size)
+                result[key] = min(result.get(key, 1e9), loop.instructions(shorter) / packs / size)
     return result
 
 
@@ -232,10 +263,9 @@ def table(architecture: str, folder: Path) -> str:
         lines += ["| loop | instructions |", "|---|---|"]
         for name, value in shown:
             kernel = Kernel(name.rpartition(" ")[0], 0, 0, 0)
-            pass_ = {"in": ", first pass", "out": ", second pass"}[name.rpartition(" ")[2]]
-            lines.append(
-                f"| {kernel.family}, {kernel.dtype}{pass_ if 'block' in name else ''} | {value:.0f} |"
-            )
+            said = {"in": ", first pass", "out": ", second pass" if "block" in name else ""}
+            said["zeros"] = ", targets of 0"
+            lines.append(f"| {kernel.family}, {kernel.dtype}{said[name.rpartition(' ')[2]]} | {value:.0f} |")
     return "\n".join(lines)
 
 

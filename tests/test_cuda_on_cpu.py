@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import subprocess
@@ -367,16 +369,66 @@ def test_index_targets(shape: tuple[int, ...], class_dim: int, layout: str, dtyp
             assert (gradient[ignored] == 0).all()
 
 
-def test_ignored_anchors_and_nobody() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(700, 91), (3, 210, 80), (5601, 9), (6201, 8), (2, 7)])
+def test_nearly_all_background(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As in a detector. Packs that hold no positive have a formula of their own: packs of one anchor and packs that
+    reach the next, several to a thread, and a tail."""
+    anchors, classes = shape[:-1], shape[-1]
+    labels = torch.randint(classes, anchors).where(torch.rand(anchors) < 0.05, -1)
+    labels.view(-1)[-1] = classes - 1
+    scores = torch.rand(anchors).bfloat16().double().clamp(0.01).to(dtype)
+    logits = (torch.randn(shape, dtype=torch.float64) * 2).to(dtype)
+    ignoring = labels.masked_fill(torch.rand(anchors) < 0.05, -2)
+    focal = [functools.partial(F.sigmoid_focal_loss, gamma=gamma) for gamma in (0, 0.5, 1.5, 3.7)]
+    autocasts = [False, True] if dtype in autocast.HALVES else [False]
+    for loss, half in itertools.product([*detection_losses(), *focal], autocasts):
+        for target, options in (
+            (IndexTarget(labels), {"reduction": "mean"}),
+            (IndexTarget(ignoring, scores), {"reduction": "sum"}),
+            (IndexTarget(labels, scores), {"reduction": "mean", "avg_factor": torch.tensor(3.5)}),
+        ):
+            expected = in_plain_torch(loss, logits, target, **options)
+            for given in (target, target.dense(classes, dtype=dtype)[0]):
+                if given is not target and (target.labels == -2).any():
+                    continue
+                leaf = logits.detach().requires_grad_()
+                with torch.autocast("cpu", dtype if half else torch.bfloat16, enabled=half):
+                    value = loss(leaf, given, **options)
+                upstream = torch.tensor(-1.5, dtype=value.dtype)
+                (gradient,) = torch.autograd.grad(value, leaf, upstream)
+                torch.testing.assert_close(
+                    value.double(), expected[0], rtol=4 * torch.finfo(value.dtype).eps, atol=0
+                )
+                error = (gradient.double() - upstream * expected[1]).abs()
+                size = (upstream * expected[1]).abs()
+                # A positive's gradient may be the difference of two numbers, a negative's has all its digits.
+                positive = torch.zeros(shape, dtype=torch.bool)
+                rows = (target.labels >= 0).nonzero(as_tuple=True)
+                positive[(*rows, target.labels[rows])] = True
+                size[positive] = size.max()
+                info = torch.finfo(dtype)
+                floor = max(size.max().item() * info.eps, info.smallest_normal)
+                worst = (error / (info.eps * size.clamp_min(floor))).max()
+                assert worst <= (32 if dtype == torch.float64 else 16), (loss, half, target, worst)
+                ignored = (target.labels == -2).unsqueeze(-1).expand(shape)
+                assert (gradient[ignored] == 0).all()
+
+
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_ignored_anchors_and_nobody(repeats: int) -> None:
     labels = torch.tensor([-2, 1, -2])
-    logits = torch.tensor([[math.nan, math.inf], [0.5, -1.0], [-math.inf, math.nan]]).requires_grad_()
+    logits = torch.tensor([[math.nan, math.inf], [0.5, -1.0], [-math.inf, math.nan]])
+    logits = logits.repeat(1, repeats).requires_grad_()
     for loss in detection_losses():
         value = loss(logits, IndexTarget(labels), reduction="mean")
         (gradient,) = torch.autograd.grad(value, logits)
         assert value.isfinite()
         assert (gradient[[0, 2]] == 0).all()
         all_ignored = IndexTarget(torch.full((3,), -2))
-        assert loss(logits, all_ignored, reduction="mean").isnan()
+        value = loss(logits, all_ignored, reduction="mean")
+        assert value.isnan()
+        assert (torch.autograd.grad(value, logits)[0] == 0).all()
         assert loss(logits, all_ignored, reduction="mean", avg_factor=torch.tensor(0)) == 0
 
 

@@ -1,12 +1,18 @@
-// Two kernels for every element-wise loss, of any size: grid-stride loops. Each operand is moved in once and the
-// gradient out once: BCE in fp32 12 bytes an element, in bf16 6.
+// Three kernels for every element-wise loss, of any size: grid-stride loops. Each operand is moved in once and the
+// gradient out once: BCE in fp32 12 bytes an element, in bf16 6; with an index target 8 and 4.
 //
-// plain: a sum or a mean over a dense target, without weights. The other kernel takes everything else.
+// plain: a sum or a mean over a dense target, without weights.
+// anchors: the same over an index target, packed, an anchor's classes side by side and no less than a pack.
+// The third kernel takes everything else.
 // packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
-//   moves 16 bytes of each at a time, and in the plain kernel loads two packs before it uses the first. The weights may
-//   have any strides: a pack that stays inside one run of the last dimension finds its place once; so does an index
-//   target, which is read once for the pack's anchor. A pack that crosses runs is taken element by element.
+//   moves 16 bytes of each at a time, and in the first two kernels loads two packs before it uses the first. In the
+//   third the weights may have any strides: a pack that stays inside one run of the last dimension finds its place
+//   once; so does an index target, which is read once for the pack's anchor. A pack that crosses runs is taken element
+//   by element.
 // otherwise: one element at a time, every operand by its strides.
+//
+// Nearly all of a detector's targets are 0, and a target of 0 has a shorter formula: the anchors kernel takes it for
+// packs without a positive, and the plain kernel in 16 bits, where instructions cost more time than bytes.
 //
 // S is what input and gradient are stored in, O the loss and its upstream gradient: S, or float beside a narrower S, as
 // autocast has it. O decides how precise the formula is; beside a float O the target may be float, too.
@@ -16,6 +22,8 @@
 //
 // One file a storage type includes this, elementwise_f32.cu and so on, for the compiler takes a minute for each.
 #pragma once
+#include <algorithm>
+
 #include "cuda/elementwise.h"
 #include "cuda/formulas.cuh"
 
@@ -215,56 +223,201 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+template <class Neighbours>
+__device__ __forceinline__ bool all_zero(const Neighbours& x) {
+  uint32_t words[sizeof x / 4], any = 0;
+  memcpy(words, &x, sizeof x);
+#pragma unroll
+  for (const uint32_t word : words) any |= word;
+  return any == 0;
+}
+
+// A pack's gradients, and the sum of its values.
+template <class Loss, class V, class S, class T, int n>
+__device__ __forceinline__ T pack_of(const ElementwiseParams<V>& params, const Pack<S>& x, const T (&t)[n], T scale,
+                                     T (&grad)[n]) {
+  const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+  T value[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    const ValueGrad<V> loss = loss_of<Loss>(widen(x.at[k]), t[k], weights, params);
+    value[k] = static_cast<T>(loss.value);
+    grad[k] = static_cast<T>(loss.grad) * scale;
+  }
+  return pairwise_sum<n>(value);
+}
+
 // Three blocks a multiprocessor, so that enough bytes are on their way.
 template <class Loss, class S, class O>
 __global__ void __launch_bounds__(kThreads, 3)
-    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const O* scalar_upstream,
-                             double* partial) {
+    elementwise_plain_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
   using T = typename ComputeOf<S>::T;
   using V = typename FormulaOf<O>::V;
   constexpr int n = Pack<S>::size;
   const ElementwiseParams<V> params(a);
-  T scale = static_cast<T>(a.grad_scale);
-  if (scalar_upstream) scale *= widen(*scalar_upstream);
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
+  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
   Sum<T> sum;
 
-  const auto element = [&](T x, T t, T* grad) {
-    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
-    const ValueGrad<V> loss = loss_of<Loss>(x, t, weights, params);
-    *grad = static_cast<T>(loss.grad) * scale;
-    return static_cast<T>(loss.value);
-  };
   const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
   const auto target_at = [&](int64_t i) { return load_neighbours<S, O>(a.target, i * n); };
-  const auto pack = [&](int64_t i, const Pack<S>& x, const Neighbours<S, O>& t) {
-    T value[n], grad[n];
+  const auto pack = [&](int64_t i, const Pack<S>& x, const Neighbours<S, O>& neighbours, bool whole_warp) {
+    T t[n], grad[n], value;
 #pragma unroll
-    for (int k = 0; k < n; ++k) value[k] = element(widen(x.at[k]), widen(t.at[k]), &grad[k]);
+    for (int k = 0; k < n; ++k) t[k] = widen(neighbours.at[k]);
+    if constexpr (sizeof(S) == 2 && Loss::on_logits)
+      // The warp decides: else lanes with a positive and lanes without would wait for each other.
+      value = whole_warp && !any_in_warp(!all_zero(neighbours))
+                  ? pack_of<typename Loss::Negative>(params, x, t, scale, grad)
+                  : pack_of<Loss>(params, x, t, scale, grad);
+    else
+      value = pack_of<Loss>(params, x, t, scale, grad);
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
-    sum.add(pairwise_sum<n>(value));
+    sum.add(value);
   };
   const unsigned step = gridDim.x * kThreads;  // of 32 bits, which it fits: with a register more sm_100 spills
   const int64_t packs = packed ? count / n : 0;
   int64_t p = blockIdx.x * kThreads + threadIdx.x;
+  const auto warp_ends_by = [&](int64_t p) { return (p | (kWarp - 1)) < packs; };
   if constexpr (std::is_same_v<S, O>) {  // elsewhere the target may be two packs itself
-    for (; p + step < packs; p += step) {
+    for (; warp_ends_by(p + step); p += step) {
       const Pack<S> x[2] = {input_at(p), input_at(p + step)}, t[2] = {target_at(p), target_at(p + step)};
-      pack(p, x[0], t[0]);
+      pack(p, x[0], t[0], true);
       p += step;
-      pack(p, x[1], t[1]);
+      pack(p, x[1], t[1], true);
     }
   }
-  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));
+  for (; p < packs; p += step) pack(p, input_at(p), target_at(p), warp_ends_by(p));
   // The elements after the last whole pack, or all of them. p is beyond the packs by less than a step, another number
   // in every thread; to keep the thread's own in its place would take two registers.
   for (int64_t i = packs * n + (p - packs); i < count; i += step) {
-    T grad;
-    sum.add(element(read<S>(a, a.input, i), read<S>(a, a.target, i), &grad));
-    if (a.grad.data) static_cast<S*>(a.grad.data)[place_of(a, a.grad, i)] = Narrow<S>::from(grad);
+    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    const ValueGrad<V> loss = loss_of<Loss>(read<S>(a, a.input, i), read<S>(a, a.target, i), weights, params);
+    sum.add(static_cast<T>(loss.value));
+    if (a.grad.data)
+      static_cast<S*>(a.grad.data)[place_of(a, a.grad, i)] = Narrow<S>::from(static_cast<T>(loss.grad) * scale);
   }
-  if (partial) {
-    const double total = block_sum(sum.total, reinterpret_cast<double*>(shared_memory()));
-    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+  if (b.partial) {
+    const double total = block_sum(sum.total, scratch);
+    if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
+  }
+}
+
+// Where a pack's first element is: its anchor and class. `code` is the anchor's, `next` that of the anchor after it if
+// the pack reaches so far.
+struct AnchorPlace {
+  int anchor, from;
+  int32_t code, next;
+};
+
+template <class Loss, class S, class O>
+__global__ void __launch_bounds__(kThreads, 3)
+    elementwise_anchors_kernel(const ElementwiseArgs a, int64_t count, const ElementwiseBuffers b) {
+  using T = typename ComputeOf<S>::T;
+  using V = typename FormulaOf<O>::V;
+  constexpr int n = Pack<S>::size;
+  double* scratch = reinterpret_cast<double*>(shared_memory());
+  const ElementwiseParams<V> params(a);
+  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
+  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  const S* input = static_cast<const S*>(a.input.data);
+  S* grad = static_cast<S*>(a.grad.data);
+  const int classes = static_cast<int>(a.size[1]);
+  Sum<T> sum;
+
+  // Element i, of class c and the anchor with this code.
+  const auto single = [&](int64_t i, S x, int anchor, int32_t code, int c) {
+    T t = 0;
+    if (code == c) t = a.index.score ? static_cast<const T*>(a.index.score)[anchor] : static_cast<T>(a.index.positive);
+    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    const ValueGrad<V> loss = loss_of<Loss>(widen(x), t, weights, params);
+    const bool ignored = code == kIgnored;
+    if (grad) grad[i] = Narrow<S>::from(ignored ? T{0} : static_cast<T>(loss.grad) * scale);
+    sum.add(ignored ? T{0} : static_cast<T>(loss.value));
+  };
+  const auto find = [&](AnchorPlace& place) {
+    place.code = a.index.code[place.anchor];
+    place.next = place.from + n > classes ? a.index.code[place.anchor + 1] : kBackground;
+  };
+  // All are taken for negatives, but for a few of logit -inf, whose loss is 0 then: the ignored ones, and the
+  // positives, which follow.
+  const auto pack = [&](int64_t p, const Pack<S>& x, const AnchorPlace& place) {
+    const int left = classes - place.from;  // of the anchor's classes, from the pack's first on
+    const auto is_here = [&](int k) { return static_cast<unsigned>(k) < n; };
+    const int positive = place.code - place.from, next_positive = place.next < 0 ? n : place.next + left;
+    unsigned others = 0;  // a bit an element
+    Pack<S> negative = x;
+    if (is_here(positive) || is_here(next_positive) || place.code == kIgnored || place.next == kIgnored) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        const bool other = k == positive || k == next_positive || (k < left ? place.code : place.next) == kIgnored;
+        others |= unsigned{other} << k;
+        if (other) negative.at[k] = Narrow<S>::from(static_cast<T>(-__builtin_inf()));
+      }
+    }
+    const T nothing[n] = {};
+    T out[n];
+    sum.add(pack_of<typename Loss::Negative>(params, negative, nothing, scale, out));
+    if (others) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) out[k] = others >> k & 1 ? T{0} : out[k];  // 0 times a scale that is not finite
+    }
+    if (grad) store_pack(grad + p * n, narrow_pack<S>(out));
+    if (others) {
+#pragma unroll 1
+      for (int second = 0; second < 2; ++second) {
+        const int at = second ? next_positive : positive;
+        if (!is_here(at)) continue;
+        S logit = x.at[0];
+#pragma unroll
+        for (int k = 1; k < n; ++k)
+          if (k == at) logit = x.at[k];
+        const int32_t code = second ? place.next : place.code;
+        single(p * n + at, logit, place.anchor + second, code, code);
+      }
+    }
+  };
+
+  const unsigned step = gridDim.x * kThreads;
+  const int64_t packs = count / n;
+  int64_t p = blockIdx.x * kThreads + threadIdx.x;
+  const int step_anchors = static_cast<int>(int64_t{step} * n / classes);
+  const int step_classes = static_cast<int>(int64_t{step} * n % classes);
+  AnchorPlace place{static_cast<int>(p * n / classes), static_cast<int>(p * n % classes), 0, 0};
+  const auto after = [&](AnchorPlace at) {
+    at.anchor += step_anchors;
+    at.from += step_classes;
+    if (at.from >= classes) {
+      at.from -= classes;
+      ++at.anchor;
+    }
+    return at;
+  };
+  for (; p + step < packs; p += step) {
+    const Pack<S> x[2] = {load_pack(input + p * n), load_pack(input + (p + step) * n)};
+    AnchorPlace second = after(place);
+    find(place);
+    find(second);
+    pack(p, x[0], place);
+    p += step;
+    pack(p, x[1], second);
+    place = after(second);
+  }
+  if (p < packs) {
+    find(place);
+    pack(p, load_pack(input + p * n), place);
+    p += step;
+  }
+  // The elements after the last whole pack, as in the plain kernel, are the last anchor's.
+  const int64_t i = packs * n + (p - packs);
+  if (i < count) {
+    const int anchor = static_cast<int>(i / classes), c = static_cast<int>(i % classes);
+    single(i, input[i], anchor, a.index.code[anchor], c);
+  }
+  if (b.partial) {
+    const double total = block_sum(sum.total, scratch);
+    if (threadIdx.x == 0) b.partial[blockIdx.x] = total;
   }
 }
 
@@ -278,13 +431,19 @@ cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const Elementwi
   for (const Operand* o : {&a.input, &a.target, &a.grad, &a.value, &a.upstream, &a.probability}) packed &= can_pack(*o);
   const auto blocks = static_cast<unsigned>(b.blocks);
   constexpr size_t shared = kThreads / kWarp * sizeof(double);
-  bool plain = !a.index.code && !b.avg_factor;
+  const auto with = [&](auto kernel, auto... more) {
+    return launch(kernel, blocks, kThreads, 1, shared, stream, a, count, more..., b);
+  };
+  bool weighted = false;
   for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})
-    plain &= !o->data;
-  if (plain)
-    return launch(elementwise_plain_kernel<Loss, S, O>, blocks, kThreads, 1, shared, stream, a, count, packed,
-                  static_cast<const O*>(b.scalar_upstream), b.partial);
-  return launch(elementwise_kernel<Loss, S, O>, blocks, kThreads, 1, shared, stream, a, count, packed, b);
+    weighted |= o->data != nullptr;
+  if (!weighted && !a.index.code) return with(elementwise_plain_kernel<Loss, S, O>, packed);
+  if constexpr (sizeof(S) < 8 && Loss::on_logits) {
+    if (!weighted && packed && a.index.negative == 0 && a.ndim == 2 && a.index.class_dim == 1 &&
+        a.index.stride[0] == 1 && a.size[1] >= Pack<S>::size && std::max(a.size[0], a.size[1]) < 1 << 30)
+      return with(elementwise_anchors_kernel<Loss, S, O>);
+  }
+  return with(elementwise_kernel<Loss, S, O>, packed);
 }
 
 template <class S, class O = S>

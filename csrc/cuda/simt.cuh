@@ -55,6 +55,18 @@ __device__ __forceinline__ float approximate_square_root(float x) {
   return y;
 }
 
+// NaN where either is, which fmaxf and fminf are not.
+__device__ __forceinline__ float maximum(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float minimum(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // A product that is rounded by itself, whatever is added to it.
 __device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double rounded_product(double a, double b) { return __dmul_rn(a, b); }
@@ -313,6 +325,8 @@ template <class T>
 __device__ __forceinline__ T shuffle_xor(T x, int width) {
   return __shfl_xor_sync(0xffffffffu, x, width);
 }
+// Whether x is true in any of the warp's lanes, all of which ask.
+__device__ __forceinline__ bool any_in_warp(bool x) { return __any_sync(0xffffffffu, x); }
 template <class T>
 __device__ __forceinline__ Pair<T> shuffle_xor(Pair<T> x, int width) {
   return {shuffle_xor(x.high, width), shuffle_xor(x.low, width)};

@@ -128,6 +128,48 @@ MUTANTS = [
         "if (code != from)",
     ),
     (
+        "a positive of a pack's second anchor is taken for background",
+        "cuda/elementwise.cuh",
+        "next_positive = place.next < 0 ? n : place.next + left;",
+        "next_positive = n;",
+    ),
+    (
+        "an ignored second anchor of a pack is taken for background",
+        "cuda/elementwise.cuh",
+        " || place.next == kIgnored) {",
+        ") {",
+    ),
+    (
+        "a thread's next anchor is one too early where its classes are over",
+        "cuda/elementwise.cuh",
+        "      at.from -= classes;\n      ++at.anchor;",
+        "      at.from -= classes;",
+    ),
+    (
+        "the gradient of an ignored anchor is 0 times an infinite scale",
+        "cuda/elementwise.cuh",
+        "out[k] = others >> k & 1 ? T{0} : out[k];",
+        ";",
+    ),
+    (
+        "a lane whose targets are 0 does not ask the others",
+        "cuda/elementwise.cuh",
+        "!any_in_warp(!all_zero(neighbours))",
+        "any_in_warp(all_zero(neighbours))",
+    ),
+    (
+        "the anchors' elements after the last pack are left out",
+        "cuda/elementwise.cuh",
+        "  if (i < count) {\n    const int anchor",
+        "  if (false) {\n    const int anchor",
+    ),
+    (
+        "half a pack is taken for all of it where targets of 0 are looked for",
+        "cuda/elementwise.cuh",
+        "for (const uint32_t word : words) any |= word;",
+        "for (int k = 0; k < 2; ++k) any |= words[k];",
+    ),
+    (
         "the elements after the last pack are left out",
         "cuda/elementwise.cuh",
         "units = packs + (count - packs * n);",
@@ -136,13 +178,13 @@ MUTANTS = [
     (
         "the elements after the last pack are left out of the plain kernel",
         "cuda/elementwise.cuh",
-        "i < count; i += step) {\n    T grad;",
-        "i < packs * n; i += step) {\n    T grad;",
+        "i < count; i += step) {\n    const ElementWeights",
+        "i < packs * n; i += step) {\n    const ElementWeights",
     ),
     (
         "the last pack of a thread is left out of the plain kernel",
         "cuda/elementwise.cuh",
-        "  for (; p < packs; p += step) pack(p, input_at(p), target_at(p));\n",
+        "  for (; p < packs; p += step) pack(p, input_at(p), target_at(p), warp_ends_by(p));\n",
         "",
     ),
     (

@@ -67,6 +67,10 @@ T __shfl_xor_sync(unsigned, T value, int distance) {
   memcpy(&value, &bits, sizeof value);
   return value;
 }
+inline int __any_sync(unsigned mask, int any) {
+  for (int width = 16; width > 0; width /= 2) any |= __shfl_xor_sync(mask, any, width);
+  return any;
+}
 
 namespace fused_losses::cuda {
 
@@ -105,6 +109,9 @@ inline float approximate_square_root(float x) {
   const double root = std::sqrt(double{flushed(x)});
   return off(0x1p-23 * root, root, x);
 }
+
+inline float maximum(float a, float b) { return a != a || a > b ? a : b; }
+inline float minimum(float a, float b) { return a != a || a < b ? a : b; }
 
 template <class T>
 T rounded_product(T a, T b) {
