@@ -484,7 +484,10 @@ struct Columns {
 
   // To a tile [C, pitch].
   __attribute__((noinline)) void read(const void* data, T* tile) const {
-    if (neighbours()) {
+    if (narrow_neighbours()) {
+      if constexpr (__is_same(T, float))
+        dtype == DType::bf16 ? widen_runs<bf16>(data, tile) : widen_runs<f16>(data, tile);
+    } else if (neighbours()) {
       for (int64_t c = 0; c < classes; ++c) {
         T* to = tile + c * pitch;
         const T* run = stage_run(dtype, data, offset[0] + c * class_stride, 1, n, to);
@@ -511,7 +514,10 @@ struct Columns {
   }
   // From it.
   __attribute__((noinline)) void write(void* data, const T* tile) const {
-    if (neighbours()) {
+    if (narrow_neighbours()) {
+      if constexpr (__is_same(T, float))
+        dtype == DType::bf16 ? narrow_runs<bf16>(tile, data) : narrow_runs<f16>(tile, data);
+    } else if (neighbours()) {
       for (int64_t c = 0; c < classes; ++c) {
         const T* run = tile + c * pitch;
         T* to = static_cast<T*>(data) + offset[0] + c * class_stride;
@@ -536,6 +542,25 @@ struct Columns {
 
  private:
   bool neighbours() const { return even && step == 1; }
+  bool narrow_neighbours() const { return neighbours() && dtype != compute_dtype<T> && n == pitch; }
+  // Whole tiles of them. Short runs far apart: no processor sees the next ones coming.
+  template <class S>
+  FL_INLINE void widen_runs(const void* data, T* tile) const {
+    constexpr int line = 64 / sizeof(S);
+    const int64_t ahead = pitch < line ? line : pitch;
+    for (int64_t c = 0; c < classes; ++c) {
+      const S* run = static_cast<const S*>(data) + offset[0] + c * class_stride;
+      for (int64_t i = 0; i < pitch; i += line) __builtin_prefetch(run + ahead + i);
+      for (int64_t i = 0; i < pitch; i += lanes) store(tile + c * pitch + i, load(run + i));
+    }
+  }
+  template <class S>
+  FL_INLINE void narrow_runs(const T* tile, void* data) const {
+    for (int64_t c = 0; c < classes; ++c) {
+      S* run = static_cast<S*>(data) + offset[0] + c * class_stride;
+      for (int64_t i = 0; i < pitch; i += lanes) store(run + i, load(tile + c * pitch + i));
+    }
+  }
   FL_INLINE int64_t at(int64_t i) const { return even ? offset[0] + i * step : offset[i]; }
   bool packed() const { return even && step == classes; }
   // Rows that squares are read from and written to directly. What a vector has beyond a row's end takes a mask, or
