@@ -21,7 +21,7 @@ from cuda_on_cpu.emulated import emulated
 from torch import Tensor
 
 import fused_losses.functional as F
-from fused_losses import _ops
+from fused_losses import IndexTarget, _ops
 
 ROOT = Path(__file__).parents[1]
 REAL = _ops.CUDA
@@ -248,6 +248,27 @@ def test_more_than_2_to_the_31_elements(layout: str) -> None:
     # A long row's first pack begins elsewhere than its clone's, and so do all others: its sum is of other parts.
     torch.testing.assert_close(gradient[last], expected, rtol=2**-7 if layout == "long rows" else 0, atol=0)
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "loss", [F.binary_cross_entropy_with_logits, F.sigmoid_focal_loss, F.varifocal_loss, F.quality_focal_loss]
+)
+def test_a_detectors_targets(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """An index target, its dense form, and every element by itself ("none"): a kernel each, of many packs a thread."""
+    anchors, classes = (32 if REAL else 1, 8400 if REAL else 700), 80
+    labels = torch.randint(classes, anchors).where(torch.rand(anchors) < 0.01, -1)
+    logits = torch.randn(*anchors, classes, dtype=dtype) - 4
+    dense, _ = IndexTarget(labels).dense(classes, dtype=dtype)
+    leaf = logits.requires_grad_()
+    elements = loss(leaf, dense, reduction="none")
+    (expected,) = torch.autograd.grad(elements, leaf, torch.ones_like(elements))
+    for target in (IndexTarget(labels), dense):
+        total = loss(leaf, target, reduction="sum")
+        (gradient,) = torch.autograd.grad(total, leaf)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(gradient, expected, rtol=8 * eps, atol=0)
+        torch.testing.assert_close(total.double(), elements.double().sum(), rtol=4 * eps, atol=0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -173,6 +173,7 @@ def test_bce_with_logits(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         for weights in (
             {},
             {"pos_weight": last},
+            {"pos_weight": last[:1]},
             {"weight": torch.rand(shape).to(dtype), "pos_weight": last},
         ):
             options = {"target": target, "reduction": reduction, **weights}
@@ -382,12 +383,18 @@ def test_nearly_all_background(shape: tuple[int, ...], dtype: torch.dtype) -> No
     ignoring = labels.masked_fill(torch.rand(anchors) < 0.05, -2)
     focal = [functools.partial(F.sigmoid_focal_loss, gamma=gamma) for gamma in (0, 0.5, 1.5, 3.7)]
     autocasts = [False, True] if dtype in autocast.HALVES else [False]
+    pos_weight = (torch.rand(classes) + 0.5).bfloat16().to(dtype)
+    cases: list[tuple[IndexTarget, dict[str, Any]]] = [
+        (IndexTarget(labels), {"reduction": "mean"}),
+        (IndexTarget(ignoring, scores), {"reduction": "sum"}),
+        (IndexTarget(labels, scores), {"reduction": "mean", "avg_factor": torch.tensor(3.5)}),
+        (IndexTarget(labels, scores), {"reduction": "mean", "pos_weight": pos_weight}),
+        (IndexTarget(labels), {"reduction": "mean", "pos_weight": pos_weight[:1]}),
+    ]
     for loss, half in itertools.product([*detection_losses(), *focal], autocasts):
-        for target, options in (
-            (IndexTarget(labels), {"reduction": "mean"}),
-            (IndexTarget(ignoring, scores), {"reduction": "sum"}),
-            (IndexTarget(labels, scores), {"reduction": "mean", "avg_factor": torch.tensor(3.5)}),
-        ):
+        for target, options in cases:
+            if "pos_weight" in options and loss in (F.quality_focal_loss, F.varifocal_loss):
+                continue
             expected = in_plain_torch(loss, logits, target, **options)
             for given in (target, target.dense(classes, dtype=dtype)[0]):
                 if given is not target and (target.labels == -2).any():

@@ -1,8 +1,9 @@
 // Three kernels for every element-wise loss, of any size: grid-stride loops. Each operand is moved in once and the
 // gradient out once: BCE in fp32 12 bytes an element, in bf16 6; with an index target 8 and 4.
 //
-// plain: a sum or a mean over a dense target, without weights.
-// anchors: the same over an index target, packed, an anchor's classes side by side and no less than a pack.
+// plain: a sum or a mean over a dense target, without weights but one pos_weight for all.
+// anchors: a sum or a mean over an index target, packed, an anchor's classes side by side and no less than a pack,
+//   without weights but pos_weight.
 // The third kernel takes everything else.
 // packed: input, target, gradient (and value and upstream under "none") are contiguous and 16-byte aligned; a thread
 //   moves 16 bytes of each at a time, and in the first two kernels loads two packs before it uses the first. In the
@@ -234,9 +235,8 @@ __device__ __forceinline__ bool all_zero(const Neighbours& x) {
 
 // A pack's gradients, and the sum of its values.
 template <class Loss, class V, class S, class T, int n>
-__device__ __forceinline__ T pack_of(const ElementwiseParams<V>& params, const Pack<S>& x, const T (&t)[n], T scale,
-                                     T (&grad)[n]) {
-  const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+__device__ __forceinline__ T pack_of(const ElementwiseParams<V>& params, ElementWeights<V> weights, const Pack<S>& x,
+                                     const T (&t)[n], T scale, T (&grad)[n]) {
   T value[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) {
@@ -258,6 +258,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   double* scratch = reinterpret_cast<double*>(shared_memory());
   T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
   if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  const ElementWeights<V> weights{V(a.pos_weight.data ? value_at<S>(a.pos_weight, 0) : T{1}), params.alpha_positive,
+                                  params.alpha_negative};
   Sum<T> sum;
 
   const auto input_at = [&](int64_t i) { return load_pack(static_cast<const S*>(a.input.data) + i * n); };
@@ -269,10 +271,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     if constexpr (sizeof(S) == 2 && Loss::on_logits)
       // The warp decides: else lanes with a positive and lanes without would wait for each other.
       value = whole_warp && !any_in_warp(!all_zero(neighbours))
-                  ? pack_of<typename Loss::Negative>(params, x, t, scale, grad)
-                  : pack_of<Loss>(params, x, t, scale, grad);
+                  ? pack_of<typename Loss::Negative>(params, weights, x, t, scale, grad)
+                  : pack_of<Loss>(params, weights, x, t, scale, grad);
     else
-      value = pack_of<Loss>(params, x, t, scale, grad);
+      value = pack_of<Loss>(params, weights, x, t, scale, grad);
     if (a.grad.data) store_pack(static_cast<S*>(a.grad.data) + i * n, narrow_pack<S>(grad));
     sum.add(value);
   };
@@ -292,7 +294,6 @@ __global__ void __launch_bounds__(kThreads, 3)
   // The elements after the last whole pack, or all of them. p is beyond the packs by less than a step, another number
   // in every thread; to keep the thread's own in its place would take two registers.
   for (int64_t i = packs * n + (p - packs); i < count; i += step) {
-    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
     const ValueGrad<V> loss = loss_of<Loss>(read<S>(a, a.input, i), read<S>(a, a.target, i), weights, params);
     sum.add(static_cast<T>(loss.value));
     if (a.grad.data)
@@ -328,9 +329,13 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   // Element i, of class c and the anchor with this code.
   const auto single = [&](int64_t i, S x, int anchor, int32_t code, int c) {
-    T t = 0;
-    if (code == c) t = a.index.score ? static_cast<const T*>(a.index.score)[anchor] : static_cast<T>(a.index.positive);
-    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    T t = 0, pos_weight = 1;
+    if (code == c) {
+      t = a.index.score ? static_cast<const T*>(a.index.score)[anchor] : static_cast<T>(a.index.positive);
+      if (a.pos_weight.data)
+        pos_weight = value_at<S>(a.pos_weight, anchor * a.pos_weight.stride[0] + c * a.pos_weight.stride[1]);
+    }
+    const ElementWeights<V> weights{V(pos_weight), params.alpha_positive, params.alpha_negative};
     const ValueGrad<V> loss = loss_of<Loss>(widen(x), t, weights, params);
     const bool ignored = code == kIgnored;
     if (grad) grad[i] = Narrow<S>::from(ignored ? T{0} : static_cast<T>(loss.grad) * scale);
@@ -358,7 +363,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     const T nothing[n] = {};
     T out[n];
-    sum.add(pack_of<typename Loss::Negative>(params, negative, nothing, scale, out));
+    const ElementWeights<V> weights{V(1), params.alpha_positive, params.alpha_negative};
+    sum.add(pack_of<typename Loss::Negative>(params, weights, negative, nothing, scale, out));
     if (others) {
 #pragma unroll
       for (int k = 0; k < n; ++k) out[k] = others >> k & 1 ? T{0} : out[k];  // 0 times a scale that is not finite
@@ -434,12 +440,12 @@ cudaError_t launch_loss(const ElementwiseArgs& a, int64_t count, const Elementwi
   const auto with = [&](auto kernel, auto... more) {
     return launch(kernel, blocks, kThreads, 1, shared, stream, a, count, more..., b);
   };
-  bool weighted = false;
-  for (const Operand* o : {&a.weight, &a.pos_weight, &a.alpha, &a.upstream, &a.value, &a.probability})
-    weighted |= o->data != nullptr;
-  if (!weighted && !a.index.code) return with(elementwise_plain_kernel<Loss, S, O>, packed);
+  bool reduced = true, one_pos_weight = true;
+  for (const Operand* o : {&a.weight, &a.alpha, &a.upstream, &a.value, &a.probability}) reduced &= !o->data;
+  for (int d = 0; d < a.ndim; ++d) one_pos_weight &= a.pos_weight.stride[d] == 0;
+  if (reduced && one_pos_weight && !a.index.code) return with(elementwise_plain_kernel<Loss, S, O>, packed);
   if constexpr (sizeof(S) < 8 && Loss::on_logits) {
-    if (!weighted && packed && a.index.negative == 0 && a.ndim == 2 && a.index.class_dim == 1 &&
+    if (reduced && packed && a.index.code && a.index.negative == 0 && a.ndim == 2 && a.index.class_dim == 1 &&
         a.index.stride[0] == 1 && a.size[1] >= Pack<S>::size && std::max(a.size[0], a.size[1]) < 1 << 30)
       return with(elementwise_anchors_kernel<Loss, S, O>);
   }
