@@ -183,6 +183,7 @@ def steps(out: Path) -> list[Step]:
 def workload(device: str) -> None:
     """Every kernel once or twice, over sizes that do not fit it."""
     import fused_losses.functional as F
+    from fused_losses import IndexTarget
 
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -202,6 +203,10 @@ def workload(device: str) -> None:
                 leaf = logits.clone().requires_grad_()
                 F.binary_cross_entropy_with_logits(leaf, target, **options).sum().backward()
             F.sigmoid_focal_loss(leaf, target, reduction="mean").backward()
+            for classes in (1, shape[1]):
+                labels = IndexTarget(torch.randint(-2, classes, shape[:1], device=device))
+                F.sigmoid_focal_loss(leaf, labels, reduction="mean").backward()
+                F.varifocal_loss(leaf, labels.dense(shape[1], dtype=dtype)[0], reduction="mean").backward()
             F.binary_cross_entropy(leaf.detach().sigmoid().requires_grad_(), target).backward()
     if device != "cpu":
         torch.cuda.synchronize()
@@ -259,7 +264,7 @@ GOALS = [
     ("cross_entropy", (4096, 262144), "bfloat16"),
     *(
         (loss, (64, 8400, 80), dtype)
-        for loss in ("bce_with_logits", "sigmoid_focal")
+        for loss in ("bce_with_logits", "sigmoid_focal", "sigmoid_focal_index")
         for dtype in ("float32", "bfloat16")
     ),
 ]
@@ -271,7 +276,7 @@ def losses(
 ) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor], torch.Tensor, int]:
     """Ours, what people use without it, the target, and how many tensors of the logits' size must be moved."""
     import fused_losses.functional as F
-    from fused_losses import reference
+    from fused_losses import IndexTarget, reference
 
     if name == "cross_entropy":
         return (
@@ -280,7 +285,10 @@ def losses(
             torch.randint(shape[-1], shape[:-1], device=device),
             2,
         )
-    target = (torch.rand(shape, device=device) < 0.01).float()
+    # As a detector has them: an object in one anchor of a hundred.
+    labels = torch.randint(shape[-1], shape[:-1], device=device)
+    labels = labels.where(torch.rand(shape[:-1], device=device) < 0.01, -1)
+    target, _ = IndexTarget(labels).dense(shape[-1])
     if name == "bce_with_logits":
         theirs = torch.nn.functional.binary_cross_entropy_with_logits
         return F.binary_cross_entropy_with_logits, theirs, target, 3
@@ -291,7 +299,16 @@ def losses(
     def eager(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return reference.sigmoid_focal_loss(logits, target, None, None, 0.25, 0.75, 2.0, "mean")
 
-    return ours, eager, target, 3
+    if name == "sigmoid_focal":
+        return ours, eager, target, 3
+
+    def ours_by_index(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.sigmoid_focal_loss(logits, IndexTarget(labels), reduction="mean")
+
+    def eager_by_index(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return eager(logits, IndexTarget(labels).dense(logits.shape[-1], dtype=logits.dtype)[0])
+
+    return ours_by_index, eager_by_index, labels, 2
 
 
 def training_step(
