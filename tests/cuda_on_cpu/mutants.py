@@ -178,8 +178,8 @@ MUTANTS = [
     (
         "the elements after the last pack are left out of the plain kernel",
         "cuda/elementwise.cuh",
-        "i < count; i += step) {\n    const ElementWeights",
-        "i < packs * n; i += step) {\n    const ElementWeights",
+        "i < count; i += step) {\n    const ValueGrad",
+        "i < packs * n; i += step) {\n    const ValueGrad",
     ),
     (
         "the last pack of a thread is left out of the plain kernel",
