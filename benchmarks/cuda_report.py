@@ -156,9 +156,8 @@ class Loop:
 
     kernel: str
     opcodes: list[str]
-    voted: list[
-        tuple[int, int]
-    ]  # what a warp's vote chooses between: instructions of the longer and the shorter way
+    # What each vote of a warp chooses between: instructions of the longer and of the shorter way.
+    voted: list[tuple[int, int]]
 
     def instructions(self, shorter: bool) -> int:
         return len(self.opcodes) - sum(way[0 if shorter else 1] for way in self.voted)
@@ -179,7 +178,6 @@ def loops(sass: str) -> Iterator[Loop]:
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         opcodes: list[str] = []
         labels: dict[str, int] = {}
-        spans: list[tuple[int, int]] = []
         targets: dict[int, str] = {}
         for line in body.splitlines():
             if label := re.match(r"(\.L_x_\d+):", line):
@@ -189,9 +187,8 @@ def loops(sass: str) -> Iterator[Loop]:
                 target = re.search(r"\((\.L_x_\d+)\)", instruction[2])
                 if opcodes[-1] == "BRA" and target:
                     targets[len(opcodes) - 1] = target[1]
-                    if target[1] in labels:
-                        spans.append((labels[target[1]], len(opcodes)))
         jumps = {at: labels[label] for at, label in targets.items() if label in labels}
+        spans = [(to, at + 1) for at, to in jumps.items() if to <= at]
         for begin, end in spans:
             if not any(begin <= other[0] and other[1] <= end and other != (begin, end) for other in spans):
                 votes = [at for at in range(begin, end) if opcodes[at].startswith("VOTE.ANY")]

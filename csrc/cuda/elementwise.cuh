@@ -145,6 +145,13 @@ __device__ __forceinline__ double denominator_of(const ElementwiseBuffers& b, do
   return block_sum(count, scratch) * b.classes;
 }
 
+// What every gradient is multiplied by: the mean's factor and an upstream gradient for all.
+template <class T, class O>
+__device__ __forceinline__ T gradient_scale(const ElementwiseArgs& a, const ElementwiseBuffers& b, double* scratch) {
+  const T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
+  return b.scalar_upstream ? scale * widen(*static_cast<const O*>(b.scalar_upstream)) : scale;
+}
+
 template <class Loss, class S, class O>
 __global__ void __launch_bounds__(kThreads, 2)
     elementwise_kernel(const ElementwiseArgs a, int64_t count, bool packed, const ElementwiseBuffers b) {
@@ -153,8 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int n = Pack<S>::size;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const ElementwiseParams<V> params(a);
-  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
-  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  const T scale = gradient_scale<T, O>(a, b, scratch);
   const bool indexed = a.index.code;
   Sum<T> sum;
 
@@ -256,8 +262,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int n = Pack<S>::size;
   const ElementwiseParams<V> params(a);
   double* scratch = reinterpret_cast<double*>(shared_memory());
-  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
-  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  const T scale = gradient_scale<T, O>(a, b, scratch);
   const ElementWeights<V> weights{V(a.pos_weight.data ? value_at<S>(a.pos_weight, 0) : T{1}), params.alpha_positive,
                                   params.alpha_negative};
   Sum<T> sum;
@@ -320,8 +325,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int n = Pack<S>::size;
   double* scratch = reinterpret_cast<double*>(shared_memory());
   const ElementwiseParams<V> params(a);
-  T scale = static_cast<T>(a.grad_scale / denominator_of(b, scratch));
-  if (b.scalar_upstream) scale *= widen(*static_cast<const O*>(b.scalar_upstream));
+  const T scale = gradient_scale<T, O>(a, b, scratch);
   const S* input = static_cast<const S*>(a.input.data);
   S* grad = static_cast<S*>(a.grad.data);
   const int classes = static_cast<int>(a.size[1]);
